@@ -32,6 +32,9 @@ class Verdict(NamedTuple):
     missing: bool
 
 
+ADMITTED = Verdict(True, 0, False)
+
+
 def digest(secret: str) -> bytes:
     """The SHA-256 of the secret's UTF-8 bytes."""
     from hashlib import sha256  # here: a gateway of mode none never needs it
@@ -52,14 +55,12 @@ def same(given: str, expected_digest: bytes) -> bool:
 
 
 def bearer(authorization: str | None) -> str | None:
-    """The credential of `Authorization: Bearer <credential>`; None if there is none, or not exactly one word."""
+    """The credential of `Authorization: Bearer <credential>`, None if there is none; a password may have spaces."""
     if authorization is None:
         return None
     scheme, _, rest = authorization.partition(" ")
     credential = rest.strip(" \t")  # not split(): U+00A0 and U+0085 are white space to str and halves of UTF-8 here
-    if scheme.lower() != "bearer" or not credential or " " in credential or "\t" in credential:
-        return None
-    return credential
+    return credential if scheme.lower() == "bearer" and credential else None
 
 
 def _packed(address: str) -> bytes | None:
@@ -217,6 +218,10 @@ class Limiter:
         self._failing: OrderedDict[str, list[float]] = OrderedDict()
         self._locked: OrderedDict[str, float] = OrderedDict()
 
+    def __len__(self) -> int:
+        """The number of clients that it remembers."""
+        return len(self._failing) + len(self._locked)
+
     def retry_after(self, key: str) -> int:
         """Whole seconds until the client may try again, 0 when it is not locked out."""
         until = self._locked.get(key)
@@ -284,22 +289,24 @@ class Gate:
         """The client's address, as the trusted proxies tell it."""
         return client_address(peer, forwarded_for, self._trusted)
 
-    def admit(self, given: str | None, client: str, forwarded: bool) -> Verdict:
+    def admit(self, given: str | None, client: str, fields: Mapping[str, str]) -> Verdict:
         """Judge a credential (None or empty: missing, which is no failure) of a client resolved by `client()`.
 
-        `forwarded` says that the request carries a forwarding field: then it is not exempt as loopback. In mode none
-        everyone is let in; that mode's own rules are is_loopback, has_forwarding and check_host.
+        A request whose `fields` have a forwarding one is not exempt as loopback. In mode none everyone is let in; that
+        mode's own rules are those of `stranger`.
         """
         if self.mode == "none":
-            return Verdict(True, 0, False)
-        exempt = self._exempt_loopback and not forwarded and is_loopback(client)
+            return ADMITTED
+        if given and not self._limiter and same(given, self._expected):
+            return ADMITTED  # nobody has failed of late, so there is nothing to look up and nothing to clear
+        exempt = self._exempt_loopback and is_loopback(client) and has_forwarding(fields) is None
         key = "" if exempt else limiter_key(client)
         left = 0 if exempt else self._limiter.retry_after(key)
         if left or not given:
             return Verdict(False, left, not given)
         if same(given, self._expected):
             self._limiter.cleared(key)
-            return Verdict(True, 0, False)
+            return ADMITTED
         if not exempt:
             self._limiter.failed(key)
         return Verdict(False, 0, False)

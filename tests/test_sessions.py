@@ -312,7 +312,7 @@ def test_a_store_never_used_makes_nothing(tmp_path: Path) -> None:
 
 def test_importing_it_does_not_import_sqlite() -> None:
     code = "import sessions, sys; sessions.Store('x', 1); print({'sqlite3', 'uuid'} & set(sys.modules))"
-    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)  # noqa: S603
+    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert ran.stdout.strip() == "set()"
 
 
@@ -616,7 +616,7 @@ def test_an_acknowledged_turn_is_there_after_kill_9_and_none_half(tmp_path: Path
     path = str(tmp_path / "s.sqlite3")
     acknowledged: dict[str, int] = {}
     for last_line in (1, 60, 150):  # killed at once, and further on; each goes on from what it finds
-        with subprocess.Popen(  # noqa: S603
+        with subprocess.Popen(
             [sys.executable, "-c", WRITER, path], cwd=ROOT, stdout=subprocess.PIPE, text=True
         ) as child:
             assert child.stdout is not None

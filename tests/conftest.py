@@ -1,0 +1,47 @@
+"""What holds for every test: the user's own configuration is out of sight, and nothing is left behind."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import os
+import re
+from collections.abc import Iterator
+
+import pytest
+
+OURS = re.compile(r"\w+_(CONFIG_PATH|STATE_DIR|GATEWAY_(PORT|TOKEN|PASSWORD))")  # of any brand
+
+
+def pytest_collection_finish() -> None:
+    gc.collect()
+    gc.freeze()  # what a test leaves is then found in a millisecond
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _neutral_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        for name in filter(OURS.fullmatch, list(os.environ)):
+            patch.delenv(name)
+        patch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _nothing_left(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No task outlives its `asyncio.run`, no child its test, and no socket or file is closed by the collector."""
+    left: list[str] = []
+    close = asyncio.Runner.close
+
+    def watched(runner: asyncio.Runner) -> None:
+        with contextlib.suppress(RuntimeError):  # it is closed already
+            left.extend(map(repr, asyncio.all_tasks(runner.get_loop())))
+        close(runner)
+
+    monkeypatch.setattr(asyncio.Runner, "close", watched)
+    yield
+    gc.collect()  # a ResourceWarning is raised here; pytest makes an error of it
+    assert not left, "tasks are left"
+    with pytest.raises(ChildProcessError):  # a child is left
+        os.waitpid(-1, os.WNOHANG)
