@@ -1,0 +1,536 @@
+"""HTTP/1.1 over asyncio streams, both halves: RFC 9110 (semantics) and RFC 9112 (messages).
+
+The server's half reads requests and writes answers; the client's half writes one request and reads its answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import codecs
+import re
+import socket
+import time
+from collections.abc import AsyncGenerator, Iterable, Mapping
+from contextlib import aclosing
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    import ssl
+
+MAX_HEAD = 32 * 1024  # bytes of request line and fields; node 16 KiB, nginx 4 x 8 KiB
+MAX_FIELDS = 100  # Apache's LimitRequestFields
+MAX_TARGET = 8 * 1024  # RFC 9112 section 3 asks for 8,000 at least
+MAX_EMPTY_LINES = 16  # before a request line; RFC 9112 section 2.2 asks for one at least
+MAX_CHUNK_LINE = 256  # a chunk size and its extensions
+MAX_CHUNK_EXTENSIONS = 16 * 1024  # of one body together; node's
+MAX_TRAILER = 8 * 1024
+MAX_EVENT = 1024 * 1024  # one server-sent event of an upstream server
+MAX_IDLE = 32  # upstream connections kept for reuse, per origin
+IDLE_SECONDS = 4.0  # below the five after which uvicorn and node close theirs
+CONNECT_SECONDS = 10.0
+PIECE = 64 * 1024
+
+LAST_CHUNK = b"0\r\n\r\n"
+CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+
+_TCHAR = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]"  # RFC 9110 5.6.2: tchar
+# RFC 9112 3: method SP request-target SP HTTP-version; a target has RFC 3986's characters, never a fragment
+_REQUEST_LINE = re.compile(rf"({_TCHAR}{{1,64}}) ([A-Za-z0-9\-._~:/?\[\]@!$&'()*+,;=%]+) HTTP/([0-9])\.([0-9])\r\n")
+# RFC 9112 5: field-name ":" OWS field-value OWS; the value has RFC 9110 5.5's VCHAR, obs-text, SP and HTAB
+_FIELD_LINE = re.compile(rf"({_TCHAR}++):([\t\x20-\x7e\x80-\xff]*+)\r\n")
+_FIELD_LINES = re.compile(rf"(?:{_TCHAR}++:[\t\x20-\x7e\x80-\xff]*+\r\n)*+")
+# RFC 9110 7.2: uri-host [ ":" port ]; of RFC 3986's reg-name the characters that a name in use can have
+_HOST = re.compile(r"((?:[A-Za-z0-9\-._~]|%[0-9A-Fa-f]{2})*|\[([0-9A-Fa-f:.]{2,45})\])(?::([0-9]{0,5}))?")
+# RFC 9112 3.2.2: absolute-form
+_ABSOLUTE = re.compile(r"(https?)://([^/?]*)(/[^?]*)?(?:\?(.*))?", re.IGNORECASE)
+# RFC 9112 7.1: chunk-size [ chunk-ext ] CRLF
+_QUOTED = r'"(?:[\t \x21\x23-\x5b\x5d-\x7e\x80-\xff]|\\[\t \x21-\x7e\x80-\xff])*"'
+_CHUNK_LINE = re.compile(
+    rf"([0-9A-Fa-f]{{1,16}})((?:[ \t]*;[ \t]*{_TCHAR}+(?:[ \t]*=[ \t]*(?:{_TCHAR}+|{_QUOTED}))?)*)\r\n"
+)
+_STATUS_LINE = re.compile(r"HTTP/1\.([0-9]) ([1-5][0-9]{2})(?: [^\r\n]*)?\r?\n")
+_LENGTH = re.compile(r"[0-9]{1,18}")  # RFC 9110 8.6; longer than any body that anyone accepts
+
+_REASONS = {
+    101: "Switching Protocols", 200: "OK", 204: "No Content", 400: "Bad Request", 401: "Unauthorized", 403: "Forbidden",
+    404: "Not Found", 405: "Method Not Allowed", 408: "Request Timeout", 413: "Content Too Large", 414: "URI Too Long",
+    417: "Expectation Failed", 426: "Upgrade Required", 429: "Too Many Requests",
+    431: "Request Header Fields Too Large", 500: "Internal Server Error", 501: "Not Implemented", 502: "Bad Gateway",
+    503: "Service Unavailable", 504: "Gateway Timeout", 505: "HTTP Version Not Supported",
+}  # fmt: skip
+_DAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
+_MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
+
+
+class HTTPError(Exception):
+    """The message cannot be accepted: answer `status` and `message`, then end the connection (RFC 9112 section 9.6)."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status, self.message = status, message
+
+
+class Request(NamedTuple):
+    """The head of one request."""
+
+    method: str
+    target: str  # as sent
+    path: str
+    query: str
+    minor: int  # of HTTP/1.x
+    host: str  # Host, or the authority of an absolute-form target; "" in HTTP/1.0 without one
+    fields: dict[str, str]  # by lower-case name, Latin-1; several lines of one name joined by ", "
+    length: int | None  # of the body in bytes; None: chunked
+    keep_alive: bool
+    expects_continue: bool
+
+
+def parse_request_line(line: bytes) -> tuple[str, str, int]:
+    """Return method, request-target and minor version of `line`, its CRLF included. HTTPError: 400, 414, 505."""
+    text = line.decode("latin-1")
+    match = _REQUEST_LINE.fullmatch(text)
+    if match is None:
+        if len(text) > MAX_TARGET:
+            raise HTTPError(414, f"The request-target is longer than {MAX_TARGET} bytes.")
+        if not text.endswith("\r\n"):
+            raise HTTPError(400, "The request line must end with CRLF.")
+        raise HTTPError(400, "The request line must read `method SP request-target SP HTTP/1.1`.")
+    method, target, major, minor = match.groups()
+    if len(target) > MAX_TARGET:
+        raise HTTPError(414, f"The request-target is longer than {MAX_TARGET} bytes.")
+    if major != "1":
+        raise HTTPError(505, f"HTTP/{major}.{minor} is not spoken here: use HTTP/1.1.")
+    return method, target, int(minor)
+
+
+def parse_fields(block: bytes) -> dict[str, str]:
+    """Return the fields of `block` (field lines, each with its CRLF). HTTPError: 400 names the line, 431."""
+    text = block.decode("latin-1")
+    if _FIELD_LINES.fullmatch(text) is None:
+        broken = next(n for n, line in enumerate(text.split("\r\n"), 1) if not _FIELD_LINE.fullmatch(line + "\r\n"))
+        raise HTTPError(400, f"Field line {broken} must read `field-name: value`, without fold or control characters.")
+    lines = _FIELD_LINE.findall(text)
+    if len(lines) > MAX_FIELDS:
+        raise HTTPError(431, f"The request has more than {MAX_FIELDS} fields.")
+    fields: dict[str, str] = {}
+    for name, value in lines:
+        name, value = name.lower(), value.strip(" \t")
+        fields[name] = f"{fields[name]}, {value}" if name in fields else value
+    return fields
+
+
+def tokens(value: str) -> list[str]:
+    """Return the elements of a comma-separated list, lower-case, without empty ones (RFC 9110 section 5.6.1)."""
+    return [element for element in (part.strip(" \t").lower() for part in value.split(",")) if element]
+
+
+def split_host(host: str) -> tuple[str, int | None] | None:
+    """Return the lower-case name and the port (None: not given) of a Host field, None when it is malformed."""
+    match = _HOST.fullmatch(host)
+    if match is None:
+        return None
+    name, ipv6, port = match.groups()
+    if ipv6 is not None:
+        try:
+            socket.inet_pton(socket.AF_INET6, ipv6)
+        except OSError:
+            return None
+    if port and int(port) > 65535:
+        return None
+    return name.lower(), int(port) if port else None
+
+
+def parse_target(method: str, target: str, host: str | None) -> tuple[str, str, str]:
+    """Return host, path and query of a request-target (RFC 9112 section 3.2). HTTPError: 400."""
+    if target.startswith("/"):
+        path, _, query = target.partition("?")
+        return host or "", path, query
+    if target == "*" and method == "OPTIONS":
+        return host or "", "*", ""
+    match = _ABSOLUTE.fullmatch(target)
+    if match is None:
+        raise HTTPError(400, "The request-target must be a path that begins with `/`, or a whole http URL.")
+    _, authority, path, query = match.groups()
+    split = split_host(authority)
+    if split is None or not split[0]:  # RFC 9110 4.2.1: no http URL has an empty host
+        raise HTTPError(400, "The request-target names no valid host.")
+    # RFC 9112 3.2.2: the authority of the target replaces what the Host field says.
+    return authority, path or "/", query or ""
+
+
+def parse_length(minor: int, fields: Mapping[str, str]) -> int | None:
+    """Return the length of the body in bytes, None when it is chunked (RFC 9112 section 6.3). HTTPError: 400, 501."""
+    coding = fields.get("transfer-encoding")
+    length = fields.get("content-length")
+    if coding is not None:
+        if length is not None:
+            # RFC 9112 6.1: both together may be an attempt at smuggling.
+            raise HTTPError(400, "Content-Length and Transfer-Encoding exclude each other.")
+        if minor == 0:
+            raise HTTPError(400, "HTTP/1.0 has no Transfer-Encoding.")
+        if coding.lower() == "chunked":
+            return None
+        codings = tokens(coding)
+        if codings.count("chunked") == 1 and codings[-1] == "chunked" and len(codings) > 1:
+            raise HTTPError(501, "No transfer-coding but chunked is understood.")
+        raise HTTPError(400, "Transfer-Encoding must be `chunked`, once.")
+    if length is None:
+        return 0
+    if _LENGTH.fullmatch(length) is None:
+        raise HTTPError(400, "Content-Length must be one number of bytes.")
+    return int(length)
+
+
+def parse_head(start: tuple[str, str, int], block: bytes) -> Request:
+    """Return the request that a parsed request line and field lines stand for. HTTPError: 400, 417, 431, 501."""
+    method, target, minor = start
+    fields = parse_fields(block)
+    host = fields.get("host")
+    if host is None:
+        if minor > 0:
+            raise HTTPError(400, "An HTTP/1.1 request needs a Host field.")  # RFC 9112 3.2
+    elif split_host(host) is None:
+        raise HTTPError(400, "The Host field must name one host and at most a port.")
+    host, path, query = parse_target(method, target, host)
+    length = parse_length(minor, fields)
+    keep_alive = minor > 0 and not ("connection" in fields and "close" in tokens(fields["connection"]))
+    expectation = fields.get("expect") if minor > 0 else None  # RFC 9110 10.1.1: ignored in HTTP/1.0
+    if expectation is not None and expectation.lower() != "100-continue":
+        raise HTTPError(417, "The only expectation that can be met is `100-continue`.")
+    expects = expectation is not None and length != 0
+    return Request(method, target, path, query, minor, host, fields, length, keep_alive, expects)
+
+
+def http_date(now: float) -> str:
+    """Return `now` (seconds since the epoch) as an IMF-fixdate (RFC 9110 section 5.6.7)."""
+    global _date
+    if _date[0] != int(now):
+        t = time.gmtime(now)
+        clock = f"{t.tm_hour:02}:{t.tm_min:02}:{t.tm_sec:02}"
+        _date = (int(now), f"{_DAYS[t.tm_wday]}, {t.tm_mday:02} {_MONTHS[t.tm_mon - 1]} {t.tm_year:04} {clock} GMT")
+    return _date[1]
+
+
+_date = (0, "Thu, 01 Jan 1970 00:00:00 GMT")  # the second that http_date last wrote, and its text
+
+
+def head(status: int, fields: Iterable[tuple[str, str]]) -> bytes:
+    """Return the head of an answer: status line, Date and `fields`. ValueError: a field with CR, LF or NUL."""
+    return _join(f"HTTP/1.1 {status} {_REASONS.get(status, '')}", ("Date", http_date(time.time())), *fields)
+
+
+def _join(start: str, *fields: tuple[str, str]) -> bytes:
+    text = "\r\n".join([start, *(f"{name}: {value}" for name, value in fields)])
+    if text.count("\n") != len(fields) or text.count("\r") != len(fields) or "\0" in text:
+        raise ValueError("a field with CR, LF or NUL is never written")  # it would end the line and begin another
+    return f"{text}\r\n\r\n".encode("latin-1")
+
+
+def chunk(data: bytes) -> bytes:
+    """Return `data` (not empty) as one chunk of a chunked body (RFC 9112 section 7.1)."""
+    return b"%x\r\n%b\r\n" % (len(data), data)
+
+
+async def read_head(reader: asyncio.StreamReader) -> Request | None:
+    """Return the next request's head, None at the end of the stream. HTTPError as parse_head.
+
+    The reader's limit must be MAX_HEAD. The request line is read first, so that what is no HTTP is answered at once.
+    """
+    line = b"\r\n"
+    try:
+        for _ in range(MAX_EMPTY_LINES):
+            line = await reader.readuntil(b"\n")
+            if line != b"\r\n":  # RFC 9112 2.2: an empty line before the request line is ignored
+                break
+        start = parse_request_line(line)
+        block = await reader.readexactly(2)
+        if block == b"\r\n":
+            block = b""
+        elif b"\r" in block or b"\n" in block:
+            raise HTTPError(400, "Field line 1 must read `field-name: value`, and end with CRLF.")
+        else:
+            block += await reader.readuntil(b"\r\n\r\n")
+    except asyncio.LimitOverrunError:
+        if line == b"\r\n":
+            raise HTTPError(414, f"The request line is longer than {MAX_HEAD} bytes.") from None
+        raise HTTPError(431, f"The head is longer than {MAX_HEAD} bytes.") from None
+    except asyncio.IncompleteReadError as e:
+        if not e.partial and line == b"\r\n":
+            return None
+        raise HTTPError(400, "The connection ended inside the head of a request.") from None
+    if len(line) + len(block) > MAX_HEAD:
+        raise HTTPError(431, f"The head is longer than {MAX_HEAD} bytes.")
+    return parse_head(start, block[:-2])
+
+
+async def read_line(reader: asyncio.StreamReader, limit: int) -> str:
+    """Return a line with its LF, at most `limit` bytes. HTTPError: 400 (too long, or the stream ended)."""
+    try:
+        line = await reader.readuntil(b"\n")
+    except asyncio.LimitOverrunError:
+        line = b""
+    except asyncio.IncompleteReadError:
+        raise HTTPError(400, "The connection ended inside a chunked body.") from None
+    if not 0 < len(line) <= limit:
+        raise HTTPError(400, f"A line of the chunked body is longer than {limit} bytes.")
+    return line.decode("latin-1")
+
+
+async def read_chunk_size(reader: asyncio.StreamReader) -> tuple[int, int]:
+    """Return a chunk's size and the length of its extensions, which are ignored, in bytes. HTTPError: 400."""
+    match = _CHUNK_LINE.fullmatch(await read_line(reader, MAX_CHUNK_LINE))
+    if match is None:
+        raise HTTPError(400, "A chunk must begin with its size in hexadecimal digits and CRLF.")
+    return int(match[1], 16), len(match[2])
+
+
+async def read_trailer(reader: asyncio.StreamReader) -> None:
+    """Read the trailer fields and drop them (RFC 9112 section 7.1.2 allows it). HTTPError: 400, 431."""
+    room = MAX_TRAILER
+    while (line := await read_line(reader, MAX_TRAILER)) != "\r\n":
+        if _FIELD_LINE.fullmatch(line) is None:
+            raise HTTPError(400, "A trailer line must read `field-name: value`.")
+        room -= len(line)
+        if room < 0:
+            raise HTTPError(431, f"The trailer is longer than {MAX_TRAILER} bytes.")
+
+
+async def read_body(reader: asyncio.StreamReader, length: int | None, limit: int) -> bytes:
+    """Return a body of `length` bytes, or chunked (None). HTTPError: 413 as soon as it exceeds `limit` bytes, 400."""
+    if length == 0:
+        return b""
+    if length is not None:
+        if length > limit:
+            raise HTTPError(413, f"The body is larger than {limit} bytes.")
+        try:
+            return await reader.readexactly(length)
+        except asyncio.IncompleteReadError as e:
+            raise HTTPError(400, f"The body ended after {len(e.partial)} of {length} bytes.") from None
+    chunks: list[bytes] = []
+    extensions = 0
+    while True:
+        size, extension = await read_chunk_size(reader)
+        extensions += extension
+        if extensions > MAX_CHUNK_EXTENSIONS:
+            raise HTTPError(413, f"The body's chunk extensions are longer than {MAX_CHUNK_EXTENSIONS} bytes.")
+        if size == 0:
+            await read_trailer(reader)
+            return b"".join(chunks)
+        limit -= size
+        if limit < 0:
+            raise HTTPError(413, "The chunked body is larger than it may be.")
+        try:
+            data = await reader.readexactly(size + 2)
+        except asyncio.IncompleteReadError:
+            raise HTTPError(400, "The connection ended inside a chunked body.") from None
+        if not data.endswith(b"\r\n"):
+            raise HTTPError(400, "A chunk's data must end with CRLF.")
+        chunks.append(data[:-2])
+
+
+# The client's half. What goes wrong is an OSError, so that a caller needs to know one family of errors.
+
+
+class ProtocolError(ConnectionError):
+    """The server's answer is no HTTP/1.1, or broke off."""
+
+
+class _Link(NamedTuple):
+    origin: tuple[str, str, int]
+    reader: asyncio.StreamReader
+    writer: asyncio.StreamWriter
+
+    def silent(self) -> bool:
+        """Whether the server has said nothing since its last answer, not even that it ends."""
+        buffered = self.reader._buffer  # type: ignore[attr-defined]  # no public name tells it
+        return not buffered and not self.reader.at_eof() and not self.writer.is_closing()
+
+
+class Response:
+    """The answer to a request: its head; its body by `read`, `pieces` or `events`, once."""
+
+    def __init__(self, link: _Link, pool: Pool, status: int, fields: dict[str, str], length: int | None) -> None:
+        self.status, self.fields = status, fields
+        self._link, self._pool = link, pool
+        self._length = length  # of the body in bytes; None: chunked; -1: to the end of the connection
+        self._whole = length == 0
+        self._persists = "close" not in tokens(fields.get("connection", ""))
+
+    async def pieces(self) -> AsyncGenerator[bytes, None]:
+        """Yield the body as it comes. OSError: it broke off, or its framing is broken."""
+        reader = self._link.reader
+        try:
+            if self._length is None:
+                while size := (await read_chunk_size(reader))[0]:
+                    while size > PIECE:
+                        data = await reader.readexactly(PIECE)
+                        size -= PIECE
+                        yield data
+                    data = await reader.readexactly(size + 2)
+                    if not data.endswith(b"\r\n"):
+                        raise ProtocolError("a chunk of the answer does not end with CRLF")
+                    yield data[:-2]
+                await read_trailer(reader)
+            elif self._length < 0:
+                while data := await reader.read(PIECE):
+                    yield data
+                return  # the connection has ended with the body
+            else:
+                left = self._length
+                while left:
+                    data = await reader.read(min(left, PIECE))
+                    if not data:
+                        raise ProtocolError("the answer broke off")
+                    left -= len(data)
+                    yield data
+        except (HTTPError, asyncio.IncompleteReadError, asyncio.LimitOverrunError) as e:
+            raise ProtocolError("the answer broke off, or its chunks are malformed") from e
+        self._whole = True
+
+    async def read(self, limit: int) -> bytes:
+        """Return the whole body. OSError: it is longer than `limit` bytes, or broke off."""
+        body = bytearray()
+        async for piece in self.pieces():
+            body += piece
+            if len(body) > limit:
+                raise ProtocolError(f"the answer is longer than {limit} bytes")
+        return bytes(body)
+
+    async def events(self) -> AsyncGenerator[str, None]:
+        """Yield the data of each server-sent event (WHATWG HTML 9.2.6). OSError: the body broke off."""
+        decode = codecs.getincrementaldecoder("utf-8-sig")("replace").decode
+        rest, data, size = "", [], 0
+        async with aclosing(self.pieces()) as pieces:
+            async for piece in pieces:
+                *lines, rest = (rest + decode(piece)).split("\n")
+                if len(rest) > MAX_EVENT:
+                    raise ProtocolError(f"a line of the event stream is longer than {MAX_EVENT} characters")
+                for line in lines:
+                    if line.startswith("data:"):
+                        data.append(line[5:].removesuffix("\r").removeprefix(" "))
+                        size += len(line)
+                        if size > MAX_EVENT:
+                            raise ProtocolError(f"an event is longer than {MAX_EVENT} characters")
+                    elif data and line in ("", "\r"):
+                        yield "\n".join(data)
+                        data, size = [], 0
+        if rest.startswith("data:"):  # servers exist that end right behind their last line
+            data.append(rest[5:].removesuffix("\r").removeprefix(" "))
+        if data:
+            yield "\n".join(data)
+
+    def close(self) -> None:
+        """Give the connection back when the body was read to its end, else drop it at once. Safe to call again."""
+        self._pool.release(self._link, reusable=self._whole and self._persists)
+
+
+class Pool:
+    """Connections to other servers, kept for a moment between two requests. One event loop's."""
+
+    def __init__(self) -> None:
+        self._idle: dict[tuple[str, str, int], list[tuple[float, _Link]]] = {}
+        self._busy: set[_Link] = set()
+        self._tls: ssl.SSLContext | None = None
+
+    async def request(self, method: str, url: str, fields: Iterable[tuple[str, str]], body: bytes) -> Response:
+        """Send one request and return its answer's head. OSError: no connection, no HTTP. ValueError: a bad `url`."""
+        match = _ABSOLUTE.fullmatch(url)
+        host = split_host(match[2]) if match else None
+        if match is None or host is None or not host[0]:
+            raise ValueError("not an http or https URL")
+        scheme = match[1].lower()  # RFC 3986 3.1
+        target = (match[3] or "/") + (f"?{match[4]}" if match[4] else "")
+        head = _join(f"{method} {target} HTTP/1.1", ("Host", match[2]), ("Content-Length", str(len(body))), *fields)
+        link = await self._connect((scheme, host[0].strip("[]"), host[1] or {"http": 80, "https": 443}[scheme]))
+        try:
+            link.writer.write(head + body)
+            await link.writer.drain()
+            return await self._read_answer(link, method)
+        except BaseException:  # a cancelled call must not leave its connection behind
+            self.release(link, reusable=False)
+            raise
+
+    async def _read_answer(self, link: _Link, method: str) -> Response:
+        try:
+            while True:
+                line = (await link.reader.readuntil(b"\n")).decode("latin-1")
+                match = _STATUS_LINE.fullmatch(line)
+                if match is None:
+                    raise ProtocolError("the answer is not HTTP/1.1")
+                block = ""
+                while (line := (await link.reader.readuntil(b"\n")).decode("latin-1")) not in ("\r\n", "\n"):
+                    block += line.rstrip("\r\n") + "\r\n"
+                    if len(block) > MAX_HEAD:
+                        raise ProtocolError("the answer's head is too long")
+                status, fields = int(match[2]), parse_fields(block.encode("latin-1"))
+                if status >= 200:
+                    break
+            if method == "HEAD" or status in (204, 304):
+                length: int | None = 0
+            elif "transfer-encoding" in fields or "content-length" in fields:
+                length = parse_length(1, fields)
+            else:
+                length = -1
+            if match[1] == "0":
+                fields["connection"] = "close"  # HTTP/1.0: not to be written to again
+        except (HTTPError, asyncio.IncompleteReadError, asyncio.LimitOverrunError) as e:
+            raise ProtocolError("the answer's head is malformed, or broke off") from e
+        return Response(link, self, status, fields, length)
+
+    async def _connect(self, origin: tuple[str, str, int]) -> _Link:
+        idle = self._idle.get(origin, [])
+        while idle:
+            since, link = idle.pop()
+            # One that the server has ended, or soon will, is not written to: a turn may act, so it is never sent twice.
+            if time.monotonic() - since < IDLE_SECONDS and link.silent():
+                self._busy.add(link)
+                return link
+            link.writer.transport.abort()
+        scheme, host, port = origin
+        tls = await self._tls_context() if scheme == "https" else None
+        try:
+            async with asyncio.timeout(CONNECT_SECONDS):
+                reader, writer = await asyncio.open_connection(host, port, ssl=tls)
+        except TimeoutError:
+            raise ConnectionRefusedError("connecting took too long") from None  # nothing was sent
+        link = _Link(origin, reader, writer)
+        self._busy.add(link)
+        return link
+
+    async def _tls_context(self) -> ssl.SSLContext:
+        import ssl
+
+        if self._tls is None:  # reading the system's certificates takes tens of milliseconds
+            self._tls = await asyncio.to_thread(ssl.create_default_context)
+        return self._tls
+
+    def release(self, link: _Link, *, reusable: bool) -> None:
+        """Take back a connection of this pool: keep it for the next request, or drop it."""
+        if link not in self._busy:
+            return
+        self._busy.remove(link)
+        idle = self._idle.setdefault(link.origin, [])
+        if reusable and len(idle) < MAX_IDLE and link.silent():
+            idle.append((time.monotonic(), link))
+        else:
+            link.writer.transport.abort()
+
+    def sweep(self) -> None:
+        """Drop what was idle too long, or was ended by its server."""
+        for origin, idle in list(self._idle.items()):
+            fresh = time.monotonic() - IDLE_SECONDS
+            keep = [(since, link) for since, link in idle if since > fresh and link.silent()]
+            for entry in idle:
+                if entry not in keep:
+                    entry[1].writer.transport.abort()
+            if keep:
+                self._idle[origin] = keep
+            else:
+                del self._idle[origin]
+
+    def close(self) -> None:
+        """Drop every connection, those in use too."""
+        for link in [*self._busy, *(link for idle in self._idle.values() for _, link in idle)]:
+            link.writer.transport.abort()
+        self._busy.clear()
+        self._idle.clear()

@@ -1,0 +1,639 @@
+"""HTTP/1.1, the client's half, against a server that says what it is told to."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import ssl
+import subprocess
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import aclosing
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+import http1
+from http1 import Pool, ProtocolError
+
+SECONDS = 10  # a bound, never waited for
+OK = b"HTTP/1.1 200 OK\r\n"
+HI = OK + b"Content-Length: 2\r\n\r\nhi"
+CLOSE = object()  # in a script: end the connection behind the answer
+Work = Callable[["Server", Pool], Awaitable[Any]]
+
+
+class Server:
+    """Answers the n-th request, over all connections, with the n-th entry of its script."""
+
+    def __init__(self, script: Sequence[Any], pieces: int = 1 << 20) -> None:
+        self.script, self.pieces = list(script), pieces
+        self.requests: list[bytes] = []
+        self.connections = 0
+        self.writers: list[asyncio.StreamWriter] = []
+        self.ended = asyncio.Event()  # a connection is over, from the client's side or ours
+        self.asked = asyncio.Event()
+        self.url = ""
+
+    async def handle(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.connections += 1
+        self.writers.append(writer)
+        try:
+            while True:
+                head = await reader.readuntil(b"\r\n\r\n")
+                length = int(head.lower().partition(b"content-length: ")[2].partition(b"\r\n")[0])
+                self.requests.append(head + await reader.readexactly(length))
+                self.asked.set()
+                answer = self.script.pop(0) if self.script else b""
+                close = isinstance(answer, tuple)
+                data = answer[0] if isinstance(answer, tuple) else answer
+                for start in range(0, len(data), self.pieces):
+                    writer.write(data[start : start + self.pieces])
+                    await writer.drain()
+                    await asyncio.sleep(0)
+                if close:
+                    return
+        except (OSError, asyncio.IncompleteReadError):
+            pass
+        finally:
+            writer.close()
+            self.ended.set()
+
+
+def serve(script: Sequence[Any], work: Work, pieces: int = 1 << 20, tls: ssl.SSLContext | None = None) -> Server:
+    """Run `work` against a server; afterwards nothing is open."""
+
+    async def main() -> Server:
+        server = Server(script, pieces)
+        listener = await asyncio.start_server(server.handle, "127.0.0.1", 0, ssl=tls)
+        port = listener.sockets[0].getsockname()[1]
+        server.url = f"http{'s' if tls else ''}://{'localhost' if tls else '127.0.0.1'}:{port}"
+        pool = Pool()
+        try:
+            await asyncio.wait_for(work(server, pool), SECONDS)
+        finally:
+            pool.close()
+            assert not pool._busy
+            assert not pool._idle
+            listener.close()
+            for writer in server.writers:
+                writer.transport.abort()
+            others = asyncio.all_tasks() - {asyncio.current_task()}
+            if others:
+                await asyncio.wait(others, timeout=SECONDS)
+            await asyncio.sleep(0)
+        return server
+
+    return asyncio.run(main())
+
+
+async def fetch(server: Server, pool: Pool, method: str = "POST", body: bytes = b"{}") -> tuple[int, bytes]:
+    response = await pool.request(method, server.url + "/x", [], body)
+    try:
+        return response.status, await response.read(1 << 20)
+    finally:
+        response.close()
+
+
+# Answers
+
+
+@pytest.mark.parametrize("pieces", [1 << 20, 1, 7])
+@pytest.mark.parametrize(
+    ("answer", "method", "status", "body"),
+    [
+        pytest.param(HI, "POST", 200, b"hi", id="length"),
+        pytest.param(OK + b"content-length:0\r\n\r\n", "POST", 200, b"", id="no body"),
+        pytest.param(b"HTTP/1.1 404\r\nContent-Length: 2\r\n\r\nno", "GET", 404, b"no", id="no reason, no space"),
+        pytest.param(b"HTTP/1.1 500 \r\nContent-Length: 2\r\n\r\nno", "GET", 500, b"no", id="no reason"),
+        pytest.param(b"HTTP/1.1 599 \xe9\xff\r\nContent-Length: 2\r\n\r\nno", "GET", 599, b"no", id="reason obs-text"),
+        pytest.param(
+            OK + b"Transfer-Encoding: Chunked\r\n\r\n1\r\nh\r\n1;x=y\r\ni\r\n0\r\nT: v\r\n\r\n",
+            "POST",
+            200,
+            b"hi",
+            id="chunked",
+        ),
+        pytest.param((OK + b"\r\nto the end", CLOSE), "GET", 200, b"to the end", id="to the end"),
+        pytest.param((b"HTTP/1.0 200 OK\r\n\r\nold", CLOSE), "GET", 200, b"old", id="1.0 to the end"),
+        pytest.param((b"HTTP/1.0 200 OK\r\nContent-Length: 2\r\n\r\nhi", CLOSE), "GET", 200, b"hi", id="1.0"),
+        pytest.param(b"HTTP/1.1 200 OK\nContent-Length: 2\n\nhi", "GET", 200, b"hi", id="LF"),
+        pytest.param(
+            b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\n" + HI,
+            "POST",
+            200,
+            b"hi",
+            id="1xx",
+        ),
+        pytest.param(b"HTTP/1.1 204 No Content\r\n\r\n", "POST", 204, b"", id="204"),
+        pytest.param(b"HTTP/1.1 304 Not Modified\r\nContent-Length: 9\r\n\r\n", "GET", 304, b"", id="304"),
+        pytest.param(OK + b"Content-Length: 99\r\n\r\n", "HEAD", 200, b"", id="HEAD"),
+        pytest.param(OK + b"Transfer-Encoding: chunked\r\n\r\n", "HEAD", 200, b"", id="HEAD chunked"),
+    ],
+)
+def test_answer(answer: Any, method: str, status: int, body: bytes, pieces: int) -> None:
+    async def work(server: Server, pool: Pool) -> None:
+        assert await fetch(server, pool, method) == (status, body)
+
+    serve([answer], work, pieces)
+
+
+def test_large_bodies() -> None:
+    large = bytes(range(256)) * 800  # more than three pieces
+    script = [
+        OK + b"Content-Length: %d\r\n\r\n" % len(large) + large,
+        OK + b"Transfer-Encoding: chunked\r\n\r\n" + http1.chunk(large) + http1.chunk(b"x") + http1.LAST_CHUNK,
+        (OK + b"\r\n" + large, CLOSE),
+    ]
+
+    async def work(server: Server, pool: Pool) -> None:
+        for expected in (large, large + b"x", large):
+            assert await fetch(server, pool, body=large) == (200, expected)
+
+    server = serve(script, work)
+    assert [request.endswith(b"\r\n\r\n" + large) for request in server.requests] == [True] * 3
+
+
+def test_the_answers_fields() -> None:
+    async def work(server: Server, pool: Pool) -> None:
+        response = await pool.request("GET", server.url, [], b"")
+        assert response.fields == {"retry-after": "7", "x": "1, 2", "content-length": "0"}
+        response.close()
+        response.close()  # harmless
+
+    serve([b"HTTP/1.1 429 x\r\nRetry-After: 7\r\nX: 1\r\nx:2 \r\nContent-Length: 0\r\n\r\n"], work)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        pytest.param(b"", id="nothing"),
+        pytest.param(b"HTTP/1.1 200 OK\r\nContent-Le", id="cut in the head"),
+        pytest.param(b"HTTP/1.1 100 Continue\r\n\r\n", id="only 1xx"),
+        pytest.param(b"hello\r\n\r\n", id="no HTTP"),
+        pytest.param(b"HTTP/2.0 200 OK\r\n\r\n", id="HTTP/2"),
+        pytest.param(b"HTTP/1.1 20 OK\r\n\r\n", id="short status"),
+        pytest.param(b"HTTP/1.1 2000 OK\r\n\r\n", id="long status"),
+        pytest.param(b"HTTP/1.1 600 OK\r\n\r\n", id="status beyond 599"),
+        pytest.param(b"HTTP/1.1 200 a\rb\r\n\r\n", id="bare CR in the reason"),
+        pytest.param(b" HTTP/1.1 200 OK\r\n\r\n", id="space"),
+        pytest.param(b"HTTP/1.1 200 " + b"x" * 70_000 + b"\r\n\r\n", id="status line too long"),
+        pytest.param(OK + b"no colon\r\n\r\n", id="no field"),
+        pytest.param(OK + b"a : b\r\n\r\n", id="space before the colon"),
+        pytest.param(OK + b"a: b\r\n c\r\n\r\n", id="obs-fold"),
+        pytest.param(OK + b"a: b\0\r\n\r\n", id="NUL"),
+        pytest.param(OK + b"a: b\rc: d\r\n\r\n", id="bare CR"),
+        pytest.param(OK + b"a: " + b"b" * 70_000 + b"\r\n\r\n", id="field too long"),
+        pytest.param(OK + (b"a: " + b"b" * 1000 + b"\r\n") * 40 + b"\r\n", id="head too long"),
+        pytest.param(OK + b"a: b\r\n" * 101 + b"\r\n", id="too many fields"),
+        pytest.param(OK + b"Content-Length: x\r\n\r\nhi", id="bad length"),
+        pytest.param(OK + b"Content-Length: 2\r\nContent-Length: 3\r\n\r\nhi", id="two lengths"),
+        pytest.param(OK + b"Content-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\nhi", id="both"),
+        pytest.param(OK + b"Transfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n", id="gzip"),
+        pytest.param(OK + b"Content-Length: 5\r\n\r\nhi", id="cut body"),
+        pytest.param(OK + b"Transfer-Encoding: chunked\r\n\r\n5\r\nhi", id="cut chunk"),
+        pytest.param(OK + b"Transfer-Encoding: chunked\r\n\r\n2\r\nhi\r\n", id="no last chunk"),
+        pytest.param(OK + b"Transfer-Encoding: chunked\r\n\r\n2\r\nhi\r\n0\r\n", id="no end of trailer"),
+        pytest.param(OK + b"Transfer-Encoding: chunked\r\n\r\n20000\r\n" + b"x" * 0x10001, id="cut large chunk"),
+        pytest.param(OK + b"Transfer-Encoding: chunked\r\n\r\nx\r\n", id="bad size"),
+        pytest.param(OK + b"Transfer-Encoding: chunked\r\n\r\n2\r\nhi!\r\n0\r\n\r\n", id="chunk longer than said"),
+        pytest.param(OK + b"Transfer-Encoding: chunked\r\n\r\n2;" + b"x" * 70_000, id="chunk line too long"),
+        pytest.param(OK + b"Transfer-Encoding: chunked\r\n\r\n0\r\nno colon\r\n\r\n", id="bad trailer"),
+        pytest.param(OK + b"Content-Length: 2000000\r\n\r\n" + b"x" * 2_000_000, id="longer than the limit"),
+        pytest.param(OK + b"\r\n" + b"x" * 2_000_000, id="endless"),
+    ],
+)
+def test_broken_answer(answer: bytes) -> None:
+    async def work(server: Server, pool: Pool) -> None:
+        with pytest.raises(OSError, match=r".") as error:
+            await fetch(server, pool)
+        assert not isinstance(error.value, TimeoutError)
+        assert not pool._busy
+        assert not any(pool._idle.values())
+
+    serve([(answer, CLOSE)], work)
+
+
+def test_nobody_listens() -> None:
+    async def main() -> None:
+        listener = await asyncio.start_server(lambda r, w: None, "127.0.0.1", 0)
+        port = listener.sockets[0].getsockname()[1]
+        listener.close()
+        await listener.wait_closed()
+        pool = Pool()
+        with pytest.raises(OSError, match=r"."):
+            await pool.request("GET", f"http://127.0.0.1:{port}/", [], b"")
+        assert not pool._busy
+
+    asyncio.run(main())
+
+
+def test_connecting_takes_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def never(*_: object, **__: object) -> None:
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(asyncio, "open_connection", never)
+    monkeypatch.setattr(http1, "CONNECT_SECONDS", 0.01)
+
+    async def main() -> None:
+        with pytest.raises(ConnectionError, match="too long"):
+            await Pool().request("GET", "http://127.0.0.1/", [], b"")
+
+    asyncio.run(main())
+
+
+# Requests
+
+
+@pytest.mark.parametrize(
+    ("path", "line"),
+    [("", b"/"), ("/", b"/"), ("/a/b?c=d?e", b"/a/b?c=d?e"), ("?q", b"/?q"), ("/%20", b"/%20")],
+)
+def test_request_bytes(path: str, line: bytes) -> None:
+    async def work(server: Server, pool: Pool) -> None:
+        response = await pool.request("POST", server.url + path, [("X-A", "b\xe9")], b"body")
+        assert await response.read(10) == b"hi"
+        response.close()
+
+    server = serve([HI], work)
+    host = server.url.removeprefix("http://").encode()
+    fields = b"Host: " + host + b"\r\nContent-Length: 4\r\nX-A: b\xe9\r\n\r\n"
+    assert server.requests == [b"POST " + line + b" HTTP/1.1\r\n" + fields + b"body"]
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["", "x", "/x", "ftp://h/", "http:/h/", "http://", "http:///x", "http://u@h/", "http://h:x/", "http://h:99999/",
+     "http://a b/", "http://:80/", "http://[::1/", "ws://h/"],
+)  # fmt: skip
+def test_bad_url(url: str) -> None:
+    with pytest.raises(ValueError, match="URL"):
+        asyncio.run(Pool().request("GET", url, [], b""))
+
+
+@pytest.mark.parametrize("bad", ["\r\nX: y", "\r", "\n", "\0"])
+def test_injection_is_refused(bad: str) -> None:
+    async def work(server: Server, pool: Pool) -> None:
+        for method, path, field in (
+            (f"GET{bad}", "", ("a", "b")),
+            ("GET", f"/x{bad}", ("a", "b")),
+            ("GET", f"/x?y{bad}", ("a", "b")),
+            ("GET", "/", (f"a{bad}", "b")),
+            ("GET", "/", ("a", f"b{bad}")),
+            ("GET", "/", ("a", f"{bad}b")),
+        ):
+            with pytest.raises(ValueError, match=r"field|URL"):
+                await pool.request(method, server.url + path, [field], b"")
+
+    assert serve([], work).connections == 0
+
+
+# Events
+
+
+async def events_of(server: Server, pool: Pool) -> list[str]:
+    response = await pool.request("POST", server.url, [], b"")
+    try:
+        return [event async for event in response.events()]
+    finally:
+        response.close()
+
+
+EVENTS: list[tuple[str, bytes, list[str]]] = [
+    ("none", b"", []),
+    ("two", b"data: a\n\ndata: b\n\n", ["a", "b"]),
+    ("CRLF", b"data: a\r\n\r\ndata: b\r\n\r\n", ["a", "b"]),
+    ("mixed", b"data: a\r\n\ndata: b\n\r\n", ["a", "b"]),
+    ("no space", b"data:a\n\n", ["a"]),
+    ("one space is dropped, no more", b"data:  a \n\n", [" a "]),
+    ("empty data", b"data:\n\ndata: \n\n", ["", ""]),
+    ("two lines", b"data: a\ndata: b\n\n", ["a\nb"]),
+    ("comments", b": hello\n\n:\ndata: a\n: in between\ndata: b\n\n: bye\n\n", ["a\nb"]),
+    ("other fields", b"event: x\nid: 7\nretry: 10\ndata: a\ndatum: b\nxdata: c\n\nevent: y\n\n", ["a"]),
+    ("empty lines", b"\n\n\r\n\ndata: a\n\n\n\n", ["a"]),
+    ("BOM", b"\xef\xbb\xbfdata: a\n\n", ["a"]),
+    ("BOM once", b"\xef\xbb\xbfdata: a\n\ndata: \xef\xbb\xbfb\n\n", ["a", "\ufeffb"]),
+    ("UTF-8", "data: é€😀\n\n".encode(), ["é€😀"]),
+    ("no line ends but CR and LF", "data: a\u2028b\x0bc\x85d\n\n".encode(), ["a\u2028b\x0bc\x85d"]),
+    ("not UTF-8", b"data: a\xffb\n\n", ["a\ufffdb"]),
+    ("no empty line at the end", b"data: a\n\ndata: b\n", ["a", "b"]),
+    ("no end of line at the end", b"data: a\n\ndata: b", ["a", "b"]),
+    ("CR at the end", b"data: a\n\ndata: b\r", ["a", "b"]),
+    ("a comment at the end", b"data: a\n\n: b", ["a"]),
+    ("colons", b'data: {"a": 1}\n\n', ['{"a": 1}']),
+]
+
+
+@pytest.mark.parametrize("pieces", [1 << 20, 1, 7])
+@pytest.mark.parametrize("framing", ["length", "chunked", "small chunks", "end"])
+@pytest.mark.parametrize(("body", "expected"), [pytest.param(*row[1:], id=row[0]) for row in EVENTS])
+def test_events(body: bytes, expected: list[str], framing: str, pieces: int) -> None:
+    answer: Any
+    if framing == "length":
+        answer = OK + b"Content-Length: %d\r\n\r\n" % len(body) + body
+    elif framing == "end":
+        answer = (OK + b"\r\n" + body, CLOSE)
+    else:
+        size = 1 if framing == "small chunks" else 1 << 20
+        chunks = b"".join(http1.chunk(body[n : n + size]) for n in range(0, len(body), size))
+        answer = OK + b"Transfer-Encoding: chunked\r\n\r\n" + chunks + http1.LAST_CHUNK
+
+    async def work(server: Server, pool: Pool) -> None:
+        assert await events_of(server, pool) == expected
+
+    serve([answer], work, pieces)
+
+
+def test_events_come_at_once() -> None:
+    async def work(server: Server, pool: Pool) -> None:
+        response = await pool.request("POST", server.url, [], b"")
+        async with aclosing(response.events()) as events:
+            async for event in events:
+                assert event == "a"  # and the answer goes on
+                break
+        response.close()
+        await server.ended.wait()
+
+    serve([OK + b"Transfer-Encoding: chunked\r\n\r\n" + http1.chunk(b"data: a\n\n")], work)
+
+
+def test_events_break_off() -> None:
+    async def work(server: Server, pool: Pool) -> None:
+        response = await pool.request("POST", server.url, [], b"")
+        taken: list[str] = []
+        events = response.events()
+        taken.append(await anext(events))
+        with pytest.raises(ProtocolError, match="broke off"):
+            await anext(events)
+        assert taken == ["a"]
+        response.close()
+
+    serve([(OK + b"Transfer-Encoding: chunked\r\n\r\n" + http1.chunk(b"data: a\n\ndata: b"), CLOSE)], work)
+
+
+@pytest.mark.parametrize("size", [http1.MAX_EVENT - 100, http1.MAX_EVENT + http1.PIECE])
+def test_a_line_of_events_has_a_limit(size: int) -> None:
+    async def work(server: Server, pool: Pool) -> None:
+        if size > http1.MAX_EVENT:
+            with pytest.raises(ProtocolError, match="longer than"):
+                await events_of(server, pool)
+        else:
+            assert await events_of(server, pool) == ["x" * size]
+
+    serve([(OK + b"\r\ndata: " + b"x" * size, CLOSE)], work)
+
+
+def test_an_event_has_a_limit() -> None:
+    async def work(server: Server, pool: Pool) -> None:
+        with pytest.raises(ProtocolError, match="longer than"):
+            await events_of(server, pool)
+
+    serve([(OK + b"\r\n" + (b"data: " + b"x" * 1000 + b"\n") * 3000, CLOSE)], work)
+
+
+def test_an_event_of_many_lines_takes_linear_time() -> None:
+    async def work(server: Server, pool: Pool) -> None:
+        spent = []
+        for _ in range(2):
+            start = time.perf_counter()
+            await events_of(server, pool)
+            spent.append(time.perf_counter() - start)
+        assert spent[1] < 10 * spent[0] + 0.1
+
+    line, count = b"data: x\n", 10_000
+    serve([(OK + b"\r\n" + end * count, CLOSE) for end in (line + b"\n", line)], work)
+
+
+# Connections
+
+
+def test_a_connection_is_used_again() -> None:
+    script = [
+        HI,
+        OK + b"Transfer-Encoding: chunked\r\n\r\n2\r\nhi\r\n0\r\n\r\n",
+        b"HTTP/1.1 204 No Content\r\n\r\n",
+        HI,
+    ]
+
+    async def work(server: Server, pool: Pool) -> None:
+        for expected in (b"hi", b"hi", b"", b"hi"):
+            assert (await fetch(server, pool))[1] == expected
+        assert server.connections == 1
+
+    serve(script, work)
+
+
+@pytest.mark.parametrize(
+    ("answer", "why"),
+    [
+        (OK + b"Connection: close\r\nContent-Length: 2\r\n\r\nhi", "told so"),
+        (OK + b"Connection: x, Close\r\nContent-Length: 2\r\n\r\nhi", "told so, among others"),
+        (b"HTTP/1.0 200 OK\r\nContent-Length: 2\r\n\r\nhi", "HTTP/1.0"),
+        (b"HTTP/1.0 200 OK\r\nConnection: keep-alive\r\nContent-Length: 2\r\n\r\nhi", "HTTP/1.0"),
+        ((OK + b"\r\nhi", CLOSE), "its end is the body's"),
+    ],
+)
+def test_a_connection_is_not_used_again(answer: Any, why: str) -> None:
+    async def work(server: Server, pool: Pool) -> None:
+        for _ in range(2):
+            assert await fetch(server, pool) == (200, b"hi")
+        assert server.connections == 2, why
+
+    serve([answer, HI], work)
+
+
+def test_a_connection_that_the_server_ended_is_not_used_again() -> None:
+    async def work(server: Server, pool: Pool) -> None:
+        assert await fetch(server, pool) == (200, b"hi")
+        await server.ended.wait()
+        (idle,) = pool._idle.values()
+        while not idle[0][1].reader.at_eof():
+            await asyncio.sleep(0)
+        assert await fetch(server, pool) == (200, b"hi")
+        assert server.connections == 2
+
+    serve([(HI, CLOSE), HI], work)
+
+
+@pytest.mark.parametrize("read", [False, True])
+def test_an_answer_that_was_not_read_ends_its_connection(read: bool) -> None:
+    async def work(server: Server, pool: Pool) -> None:
+        response = await pool.request("GET", server.url, [], b"")
+        if read:
+            async with aclosing(response.pieces()) as pieces:
+                async for piece in pieces:
+                    assert piece == b"h"  # the rest is to come
+                    break
+        response.close()
+        await server.ended.wait()
+        assert await fetch(server, pool) == (200, b"hi")
+        assert server.connections == 2
+
+    serve([OK + b"Transfer-Encoding: chunked\r\n\r\n1\r\nh\r\n", HI], work)
+
+
+EXTRA = [
+    pytest.param("HEAD", HI, id="HEAD with a body"),
+    pytest.param("POST", b"HTTP/1.1 204 x\r\nContent-Length: 2\r\n\r\nhi", id="204 with a body"),
+    pytest.param("POST", HI + b"HTTP/1.1 408 Request Timeout\r\nContent-Length: 0\r\n\r\n", id="408 while idle"),
+]
+
+
+@pytest.mark.parametrize(("method", "answer"), EXTRA)
+def test_a_connection_with_bytes_left_is_not_used_again(method: str, answer: bytes) -> None:
+    async def work(server: Server, pool: Pool) -> None:
+        await fetch(server, pool, method)
+        assert await fetch(server, pool) == (200, b"hi")
+        assert server.connections == 2
+
+    serve([answer, HI], work)
+
+
+def test_idle_connections_have_their_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    moment = [1000.0]
+    monkeypatch.setattr(http1, "time", SimpleNamespace(monotonic=lambda: moment[0]))
+
+    async def work(server: Server, pool: Pool) -> None:
+        await fetch(server, pool)
+        pool.sweep()
+        assert len(pool._idle) == 1
+        moment[0] += http1.IDLE_SECONDS + 1
+        await fetch(server, pool)
+        assert server.connections == 2
+        await server.ended.wait()
+        server.ended.clear()
+        moment[0] += http1.IDLE_SECONDS + 1
+        pool.sweep()
+        assert not pool._idle
+        await server.ended.wait()
+
+    serve([HI, HI], work)
+
+
+def test_sweep_drops_what_its_server_ended() -> None:
+    async def work(server: Server, pool: Pool) -> None:
+        await fetch(server, pool)
+        (idle,) = pool._idle.values()
+        while not idle[0][1].reader.at_eof():
+            await asyncio.sleep(0)
+        pool.sweep()
+        assert not pool._idle
+
+    serve([(HI, CLOSE)], work)
+
+
+def test_many_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http1, "MAX_IDLE", 2)
+
+    async def work(server: Server, pool: Pool) -> None:
+        responses = await asyncio.gather(*(pool.request("GET", server.url, [], b"") for _ in range(5)))
+        assert len(pool._busy) == server.connections == 5
+        for response in responses:
+            assert await response.read(9) == b"hi"
+            response.close()
+        assert [len(idle) for idle in pool._idle.values()] == [2]
+
+    serve([HI] * 5, work)
+
+
+def test_close_drops_what_is_in_use() -> None:
+    async def work(server: Server, pool: Pool) -> None:
+        response = await pool.request("GET", server.url, [], b"")
+        pool.close()
+        await server.ended.wait()
+        with pytest.raises(OSError, match=r"."):
+            await response.read(9)
+        response.close()
+        assert not pool._idle
+
+    serve([OK + b"Content-Length: 5\r\n\r\n"], work)
+
+
+@pytest.mark.parametrize("begun", [b"", OK, OK + b"Transfer-Encoding: chunked\r\n\r\n1\r\nh\r\n"])
+def test_cancel_ends_the_connection(begun: bytes) -> None:
+    async def work(server: Server, pool: Pool) -> None:
+        task = asyncio.create_task(fetch(server, pool))
+        await server.asked.wait()
+        for _ in range(20):
+            await asyncio.sleep(0)
+        start = time.monotonic()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        await server.ended.wait()
+        assert time.monotonic() - start < 2
+        assert not pool._busy
+
+    serve([begun], work)
+
+
+# TLS
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    openssl = shutil.which("openssl")
+    if openssl is None:
+        pytest.skip("needs the openssl program")
+    folder = tmp_path_factory.mktemp("tls")
+    cert, key = folder / "cert.pem", folder / "key.pem"
+    command = [openssl, "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
+    command += ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost", "-days", "2"]
+    command += ["-addext", "keyUsage=critical,digitalSignature,keyCertSign", "-keyout", str(key), "-out", str(cert)]
+    subprocess.run(command, check=True, capture_output=True, timeout=60)
+    return cert, key
+
+
+def server_context(certificate: tuple[Path, Path]) -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(*certificate)
+    return context
+
+
+def test_tls(certificate: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate[0]))
+    script = [HI, OK + b"Transfer-Encoding: chunked\r\n\r\n" + http1.chunk(b"data: a\n\n") + http1.LAST_CHUNK]
+
+    async def work(server: Server, pool: Pool) -> None:
+        assert await fetch(server, pool) == (200, b"hi")
+        assert await events_of(server, pool) == ["a"]
+        assert server.connections == 1
+
+    serve(script, work, tls=server_context(certificate))
+
+
+@pytest.mark.parametrize("trusted", [False, True])
+def test_tls_refuses(certificate: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, trusted: bool) -> None:
+    if trusted:  # but for another name
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificate[0]))
+
+    async def work(server: Server, pool: Pool) -> None:
+        if trusted:
+            server.url = server.url.replace("localhost", "127.0.0.1")
+        with pytest.raises(ssl.SSLCertVerificationError) as error:
+            await fetch(server, pool)
+        assert isinstance(error.value, OSError)
+        assert not pool._busy
+        assert not server.requests
+
+    serve([HI], work, tls=server_context(certificate))
+
+
+def test_no_tls_where_it_is_asked_for() -> None:
+    async def main() -> None:
+        async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await reader.read(1)
+            writer.write(HI)
+            writer.close()
+
+        listener = await asyncio.start_server(handle, "127.0.0.1", 0)
+        pool = Pool()
+        with pytest.raises(ssl.SSLError):
+            await pool.request("GET", f"https://127.0.0.1:{listener.sockets[0].getsockname()[1]}/", [], b"")
+        assert not pool._busy
+        listener.close()
+        await listener.wait_closed()
+
+    asyncio.run(main())
