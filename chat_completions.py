@@ -1,0 +1,491 @@
+"""OpenAI's Chat Completions on the wire: bytes to a request, a run's outcome to JSON, its events to event-stream bytes.
+
+Fields and shapes are those of https://platform.openai.com/docs/api-reference/chat.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from json.encoder import encode_basestring_ascii
+from typing import Any, NamedTuple, NoReturn
+
+MAX_DEPTH = 128  # nesting of the request's JSON; the parser itself ends near the interpreter's recursion limit
+MAX_KEY = 512  # bytes of a session key, and of `user`
+
+HOLD_SECONDS = 5.0  # how long the head of a stream waits for the first word
+SILENCE_SECONDS = 15.0  # between two comments of a silent stream
+DEFAULT_MODEL = "copepod"  # what is answered to a call that names none
+
+DONE = b"data: [DONE]\n\n"
+KEEP_ALIVE = b": keep-alive\n\n"
+
+# How a run fails -> status, `type`, `code`.
+ERRORS: dict[str, tuple[int, str, str | None]] = {
+    "rejected": (400, "invalid_request_error", None),
+    "rate_limited": (429, "rate_limit_error", None),
+    "internal": (500, "server_error", None),
+    "upstream": (502, "upstream_error", None),
+    "upstream_auth": (502, "upstream_auth_error", None),
+    "overloaded": (503, "overloaded_error", None),
+    "timeout": (504, "timeout_error", None),
+}
+
+_AGENT_ID = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+_UNPRINTABLE = re.compile(rb"[^\x20-\x24\x26-\x7e]")  # `%` too, so that it can be decoded
+_ESCAPE = re.compile(r"\\(?:u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|u[dD][89a-fA-F][0-9a-fA-F]{2}|.)")
+
+_NUMBER, _TEXT = (int, float), (str,)
+# Optional fields -> their JSON type. Ranges are the provider's to know.
+_FIELDS: dict[str, tuple[tuple[type, ...], str]] = {
+    "frequency_penalty": (_NUMBER, "a number"),
+    "function_call": ((str, dict), "a string or an object"),
+    "functions": ((list,), "an array"),
+    "logit_bias": ((dict,), "an object"),
+    "logprobs": ((bool,), "a boolean"),
+    "max_completion_tokens": ((int,), "an integer"),
+    "max_tokens": ((int,), "an integer"),
+    "metadata": ((dict,), "an object"),
+    "model": (_TEXT, "a string"),
+    "parallel_tool_calls": ((bool,), "a boolean"),
+    "presence_penalty": (_NUMBER, "a number"),
+    "reasoning_effort": (_TEXT, "a string"),
+    "response_format": ((dict,), "an object"),
+    "seed": ((int,), "an integer"),
+    "service_tier": (_TEXT, "a string"),
+    "stop": ((str, list), "a string or an array of strings"),
+    "stream": ((bool,), "a boolean"),
+    "stream_options": ((dict,), "an object"),
+    "temperature": (_NUMBER, "a number"),
+    "tool_choice": ((str, dict), "a string or an object"),
+    "tools": ((list,), "an array of objects"),
+    "top_logprobs": ((int,), "an integer"),
+    "top_p": (_NUMBER, "a number"),
+    "verbosity": (_TEXT, "a string"),
+}
+# Of these, what the gateway itself answers to, or does not hand on.
+_OURS = {
+    "function_call", "functions", "metadata", "model", "parallel_tool_calls", "stream", "stream_options",
+    "tool_choice", "tools",
+}  # fmt: skip
+_JSON = {type(None): "null", bool: "a boolean", int: "a number", float: "a number", str: "a string", list: "an array"}
+
+
+class APIError(Exception):
+    """The request is answered with `status` and OpenAI's error object; `fields` go into the answer's head."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        type: str = "invalid_request_error",
+        param: str | None = None,
+        code: str | None = None,
+        fields: Sequence[tuple[str, str]] = (),
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.type, self.param, self.code = status, message, type, param, code
+        self.fields = fields
+
+    def body(self) -> bytes:
+        """Return `{"error": {message, type, param, code}}` as JSON."""
+        error = {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
+        return json.dumps({"error": error}).encode("ascii")
+
+
+class ChatRequest(NamedTuple):
+    """One call, checked."""
+
+    model: str  # as sent; "" when absent
+    user: str  # "" when absent
+    stream: bool
+    include_usage: bool
+    system: str  # system and developer messages, joined by a blank line
+    messages: list[dict[str, Any]]  # the conversation: role, content (text), and tool_calls, tool_call_id, name
+    message: str  # the text of the last user or tool message
+    params: dict[str, Any]  # sampling fields, as sent
+
+
+class Target(NamedTuple):
+    """Who answers, and where the conversation is kept."""
+
+    agent_id: str
+    session_key: str
+    stored: bool
+
+
+def new_uuid() -> str:
+    """Return a random UUID (RFC 9562 section 5.4)."""
+    text = os.urandom(16).hex()
+    return f"{text[:8]}-{text[8:12]}-4{text[13:16]}-8{text[17:20]}-{text[20:]}"
+
+
+def run_error(kind: str, message: str, retry_after: int | None, taken: bool) -> APIError:
+    """Return the answer to a run that failed. A turn that may have acted must not be repeated by an SDK."""
+    status, type_, code = ERRORS[kind]
+    fields: list[tuple[str, str]] = []
+    if status in (429, 503):
+        fields.append(("Retry-After", str(retry_after or 1)))
+    if status == 504 or kind == "upstream_auth" or (status in (500, 502) and taken):
+        fields.append(("x-should-retry", "false"))
+    return APIError(status, message, type=type_, code=code, fields=fields)
+
+
+def credential_error(mode: str, retry_after: int, missing: bool) -> APIError:
+    """Return the answer to a caller without the right credentials; `retry_after` in seconds when it is locked out."""
+    if retry_after:
+        return APIError(
+            429,
+            f"Too many wrong credentials; try again in {retry_after} seconds.",
+            type="rate_limit_error",
+            code="too_many_auth_failures",
+            fields=[("Retry-After", str(retry_after)), ("x-should-retry", "false")],
+        )
+    return APIError(
+        401,
+        f"{'No' if missing else 'Wrong'} credentials; send `Authorization: Bearer <{mode}>`.",
+        type="authentication_error",
+        code="invalid_api_key",
+        fields=[("WWW-Authenticate", "Bearer")],
+    )
+
+
+def parse_request(body: bytes) -> ChatRequest:
+    """Return the call that `body` is. APIError: 400 names the field that is wrong."""
+    fields = parse_json(body)
+    params = {}
+    for name, value in fields.items():
+        if name in _FIELDS and value is not None:  # null counts as absent
+            _check(name, value, *_FIELDS[name])
+            if name not in _OURS:
+                params[name] = value
+    if isinstance(stop := fields.get("stop"), list) and any(not isinstance(item, str) for item in stop):
+        _must("stop", "a string or an array of strings")
+    if any(not isinstance(tool, dict) for tool in fields.get("tools") or ()):
+        _must("tools", "an array of objects")
+    if fields.get("n") not in (None, 1) or fields.get("n") is True:
+        _refuse("n", "`n` must be 1: one answer is given.")
+    options = fields.get("stream_options") or {}
+    if options.get("include_usage") is not None:
+        _check("stream_options.include_usage", options["include_usage"], (bool,), "a boolean")
+    user = fields.get("user")
+    user = user if isinstance(user, str) else ""  # Open WebUI sends an object
+    if len(user.encode()) > MAX_KEY or _CONTROL.search(user):
+        _refuse("user", f"`user` must have at most {MAX_KEY} bytes and no control characters.")
+    system, messages, message = parse_messages(fields.get("messages"))
+    stream, usage = bool(fields.get("stream")), bool(options.get("include_usage"))
+    return ChatRequest(fields.get("model") or "", user, stream, usage, system, messages, message, params)
+
+
+def parse_messages(messages: object) -> tuple[str, list[dict[str, Any]], str]:
+    """Return the system text, the conversation, and the text of its last user or tool message. APIError: 400."""
+    if not isinstance(messages, list) or not messages:
+        _refuse("messages", "`messages` must be a non-empty array.")
+    system: list[str] = []
+    conversation: list[dict[str, Any]] = []
+    message = ""
+    for n, entry in enumerate(messages):
+        if not isinstance(entry, dict):
+            _must(f"messages[{n}]", "an object")
+        role, content, calls = entry.get("role"), entry.get("content"), entry.get("tool_calls") or []
+        if not isinstance(role, str):
+            _must(f"messages[{n}].role", "a string")
+        text = content if isinstance(content, str) else parse_content(content, f"messages[{n}].content")
+        if not isinstance(calls, list) or any(not isinstance(call, dict) for call in calls):
+            _must(f"messages[{n}].tool_calls", "an array of objects")
+        if role in ("system", "developer"):
+            system += [text] if text else []
+        elif role in ("user", "assistant", "tool", "function") and (text or calls):
+            kept: dict[str, Any] = {"role": "tool" if role == "function" else role, "content": text}
+            for key in ("name", "tool_call_id"):
+                if isinstance(entry.get(key), str):
+                    kept[key] = entry[key]
+            if calls and role == "assistant":
+                kept["tool_calls"] = calls
+            conversation.append(kept)
+            if role != "assistant" and text:
+                message = text
+    if not message:
+        _refuse("messages", "Missing user message in `messages`.")
+    return "\n\n".join(system), conversation, message
+
+
+def parse_content(content: object, name: str) -> str:
+    """Return the text of a message's content that is no string: of an array of parts those of text. APIError: 400."""
+    if content is None:
+        return ""
+    if not isinstance(content, list):
+        _must(name, "a string or an array of parts")
+    texts: list[str] = []
+    for n, part in enumerate(content):
+        if not isinstance(part, dict):
+            _must(f"{name}[{n}]", "an object")
+        if part.get("type") in ("text", "input_text"):
+            text = part.get("text")
+            if not isinstance(text, str):
+                _must(f"{name}[{n}].text", "a string")
+            texts.append(text)
+    return "\n".join(texts)
+
+
+def parse_json(body: bytes) -> dict[str, Any]:
+    """Return the JSON object that `body` is. APIError: 400."""
+    try:
+        text = body.decode("utf-8").removeprefix("\ufeff")
+    except UnicodeDecodeError as e:
+        _refuse(None, f"The body is not UTF-8 (at byte {e.start}).")
+    if not text.strip():
+        _refuse(None, "The body is empty; send a JSON object.")
+    if "\\ud" in text or "\\uD" in text:  # a lone surrogate is no character: RFC 8259 8.2
+        text = _ESCAPE.sub(lambda m: r"\ufffd" if len(m[0]) == 6 else m[0], text)
+    try:
+        value = _decoder.decode(text)
+        if text.count("[") + text.count("{") > MAX_DEPTH:
+            _check_depth(value)
+    except json.JSONDecodeError as e:
+        _refuse(None, f"The body is not JSON: {e.msg} at line {e.lineno}, column {e.colno}.")
+    except RecursionError:
+        _refuse(None, f"The JSON is nested deeper than {MAX_DEPTH} levels.")
+    except ValueError as e:  # NaN, Infinity, an integer of thousands of digits
+        _refuse(None, f"The body is not JSON: {e}.")
+    if not isinstance(value, dict):
+        _refuse(None, f"The body must be a JSON object, not {_JSON[type(value)]}.")
+    return value
+
+
+def _constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no number")
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > 1000:
+        raise ValueError(f"a number has {len(digits)} digits")
+    return int(digits)
+
+
+def _float(digits: str) -> float:
+    number = float(digits)
+    if number in (float("inf"), float("-inf")):
+        raise ValueError(f"{digits[:20]} is too large")
+    return number
+
+
+_decoder = json.JSONDecoder(parse_constant=_constant, parse_int=_integer, parse_float=_float)
+
+
+def _check_depth(value: object) -> None:
+    level: list[Any] = [value]
+    for _ in range(MAX_DEPTH + 1):
+        inner: list[Any] = []
+        for item in level:
+            inner += item.values() if isinstance(item, dict) else item if isinstance(item, list) else ()
+        if not inner:
+            return
+        level = inner
+    raise RecursionError
+
+
+def _refuse(param: str | None, message: str) -> NoReturn:
+    raise APIError(400, message, param=param)
+
+
+def _must(name: str, be: str) -> NoReturn:
+    _refuse(name, f"`{name}` must be {be}.")
+
+
+def _check(name: str, value: object, types: tuple[type, ...], wanted: str) -> None:
+    if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):  # a bool is an int in Python
+        _must(name, wanted)
+
+
+
+
+class Directory:
+    """Which agent and which session a request means, for the agents and brands of one configuration."""
+
+    def __init__(self, agents: Collection[str], default: str, brands: Sequence[str]) -> None:
+        self.agents, self.default = agents, default
+        names = "|".join(brands)
+        self._model = re.compile(rf"(?:({names})|(?:{names}|agent):(.*)|(?:{names})/(.*))", re.IGNORECASE | re.DOTALL)
+        self._agent_fields = frozenset(f"x-{brand}-agent{end}" for brand in brands for end in ("-id", ""))
+        self._key_fields = frozenset(f"x-{brand}-session-key" for brand in brands)
+
+    def agent(self, agent_id: str) -> str:
+        """Return the id of the configured agent that `agent_id` names. APIError: 404 lists those there are."""
+        wanted = agent_id.strip().lower()
+        if wanted in self.agents:
+            return wanted
+        if wanted == "main":  # the family's examples all send it
+            return self.default
+        what = f"There is no agent `{wanted}`" if _AGENT_ID.fullmatch(wanted) else "That is no agent's id"
+        there = ", ".join(f"`{agent}`" for agent in self.agents)
+        raise APIError(404, f"{what}; the agents are {there}.", param="model", code="model_not_found")
+
+    def by_model(self, model: str) -> str | None:
+        """Return the agent that `model` names, None where it names none. APIError: 404."""
+        match = self._model.fullmatch(model.strip())
+        if match is None or match[1] is not None:
+            return None
+        agent_id = match[2] if match[2] is not None else match[3]
+        if match[3] is not None and agent_id.lower() == "default":
+            return None
+        return self.agent(agent_id)
+
+    def by_alias(self, model: str) -> str:
+        """Return the agent that `model` names, the default one under its several names too. APIError: 404."""
+        agent_id = self.by_model(model)
+        if agent_id is None and self._model.fullmatch(model.strip()) is None:
+            raise APIError(404, "There is no such model.", param="model", code="model_not_found")
+        return agent_id or self.default
+
+    def resolve(self, model: str, user: str, fields: Mapping[str, str], uuid: str) -> Target:
+        """Return the agent and the session of a call; one that names no session gets its own, of `uuid`.
+
+        APIError: 400 (what it says contradicts itself), 404.
+        """
+        agent_id = self._by_field(fields)
+        if agent_id is None:
+            agent_id = self.by_model(model)
+        key = self._one(fields, self._key_fields)
+        if not key:
+            agent_id = agent_id or self.default
+            if user:
+                return Target(agent_id, f"agent:{agent_id}:openai-user:{user}", True)
+            return Target(agent_id, f"agent:{agent_id}:openai:{uuid}", False)
+        if len(key.encode()) > MAX_KEY or _CONTROL.search(key):
+            raise APIError(400, f"A session key has at most {MAX_KEY} bytes and no control characters.")
+        parts = key.split(":", 2)
+        if len(parts) == 3 and parts[0] == "agent":
+            named = self.agent(parts[1])
+            if agent_id not in (None, named):
+                raise APIError(400, f"The session key is of agent `{named}`, but `{agent_id}` was asked for.")
+            agent_id = named
+        return Target(agent_id or self.default, key, True)
+
+    def _by_field(self, fields: Mapping[str, str]) -> str | None:
+        agent_id = self._one(fields, self._agent_fields)
+        return self.agent(agent_id) if agent_id else None
+
+    def _one(self, fields: Mapping[str, str], names: frozenset[str]) -> str:
+        """Return what those of the fields `names` that are there agree on. APIError: 400."""
+        given = names & fields.keys()
+        if not given:
+            return ""
+        values = {text_of(fields[name]) for name in given}
+        if names is self._agent_fields:
+            values = {value.strip().lower() for value in values}
+        if len(values) > 1:
+            raise APIError(400, f"The fields {', '.join(sorted(given))} disagree.")
+        return values.pop()
+
+
+def text_of(value: str) -> str:
+    """Return a field's value, which came as Latin-1, as the UTF-8 that it is, if it is."""
+    if value.isascii():
+        return value
+    try:
+        return value.encode("latin-1").decode("utf-8")
+    except UnicodeDecodeError:
+        return value
+
+
+def printable(value: str) -> str:
+    """Return `value` for a field: bytes of its UTF-8 outside printable ASCII, and `%`, are percent-encoded."""
+    if value.isascii() and value.isprintable() and "%" not in value:
+        return value
+    raw = value.encode("utf-8", "replace")
+    return _UNPRINTABLE.sub(lambda m: b"%%%02X" % m[0][0], raw).decode("ascii")
+
+
+def completion(run_id: str, call: ChatRequest, text: str, finish_reason: str, usage: Mapping[str, int]) -> bytes:
+    """Return the whole answer, a `chat.completion` object with the run's id, as JSON."""
+    return (
+        f'{{"id":"{run_id}","object":"chat.completion","created":{int(time.time())},'
+        f'"model":{encode_basestring_ascii(call.model or DEFAULT_MODEL)},"choices":[{{"index":0,"message":'
+        f'{{"role":"assistant","content":{encode_basestring_ascii(text)}}},"finish_reason":"{finish_reason}"}}],'
+        f'"usage":{_usage(usage)}}}'
+    ).encode("ascii")
+
+
+def _usage(usage: Mapping[str, int]) -> str:
+    prompt, answer = usage.get("prompt_tokens", 0), usage.get("completion_tokens", 0)
+    total = usage.get("total_tokens", prompt + answer)
+    return f'{{"prompt_tokens":{prompt},"completion_tokens":{answer},"total_tokens":{total}}}'
+
+
+class EventStream:
+    """The answer as `chat.completion.chunk` events; what is the same in all of them is encoded once.
+
+    `send(events, last)` writes some bytes, before the first ones the head; it returns True when the reader is slow.
+    The first ones wait for the first word, so that a run that fails before it is answered with a real status.
+    """
+
+    def __init__(
+        self,
+        run_id: str,
+        call: ChatRequest,
+        send: Callable[[bytes, bool], bool],
+        unsent: Callable[[], int],
+        clock: Callable[[], float],
+    ) -> None:
+        self._send, self._unsent, self._clock, self._include_usage = send, unsent, clock, call.include_usage
+        self._start = (
+            f'data: {{"id":"{run_id}","object":"chat.completion.chunk","created":{int(time.time())},'
+            f'"model":{encode_basestring_ascii(call.model or DEFAULT_MODEL)},"choices":['
+        )
+        self._word = self._start + '{"index":0,"delta":{"content":'
+        self._begun = False
+        self._last = clock()  # when something was sent
+
+    def tick(self, now: float) -> None:
+        """Begin at last, or say that we are still here. To be called once a second."""
+        if not self._begun:
+            if now - self._last >= HOLD_SECONDS:
+                self._write(b"")
+        elif now - self._last >= SILENCE_SECONDS and not self._unsent():
+            self._write(KEEP_ALIVE)
+
+    def take(self, kind: str, data: Any, usage: Mapping[str, int]) -> bool:
+        """Send what an event of the run is here. True: the reader is slow. APIError: it failed before a word."""
+        if kind == "delta":  # ASCII, since some clients split lines at U+2028 and its like
+            return self._write(f'{self._word}{encode_basestring_ascii(data)}}},"finish_reason":null}}]}}\n\n'.encode())
+        if kind == "tool":
+            return not self._begun and self._write(b"")
+        if kind == "error":
+            error = run_error(**data)
+            if not self._begun:
+                raise error
+            return self._write(b"data: " + error.body() + b"\n\n" + DONE, last=True)
+        if kind == "end":
+            finish = f'{self._start}{{"index":0,"delta":{{}},"finish_reason":"{data}"}}]}}\n\n'
+            if self._include_usage:
+                finish += f'{self._start}],"usage":{_usage(usage)}}}\n\n'
+            return self._write(finish.encode() + DONE, last=True)
+        return False
+
+    def _write(self, events: bytes, last: bool = False) -> bool:
+        self._last = self._clock()
+        if not self._begun:
+            self._begun = True
+            role = '{"index":0,"delta":{"role":"assistant","content":""},"finish_reason":null}]}\n\n'
+            events = (self._start + role).encode() + events
+        return self._send(events, last)
+
+
+def model_list(agents: Sequence[str], created: int) -> bytes:
+    """Return the answer of `GET /v1/models`: one model per agent."""
+    return json.dumps({"object": "list", "data": [_model(agent, created) for agent in agents]}).encode("ascii")
+
+
+def model_object(agent: str, created: int) -> bytes:
+    """Return the answer of `GET /v1/models/{id}`."""
+    return json.dumps(_model(agent, created)).encode("ascii")
+
+
+def _model(agent: str, created: int) -> dict[str, object]:
+    return {"id": f"copepod:{agent}", "object": "model", "created": created, "owned_by": "copepod"}

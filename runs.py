@@ -1,0 +1,348 @@
+"""One agent run: accepted, queued on its session's lane, started, its events, its end. Nothing of HTTP or WebSocket."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from collections import deque
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from types import AsyncGeneratorType
+from typing import Any, cast
+
+MAX_LANE = 32  # runs that wait behind the running one of their session
+MAX_WAITING = 1024  # runs that wait for a free place, all sessions together
+MAX_ANSWER = 8 * 1024 * 1024  # characters of one answer; far beyond any model's
+CANCEL_SECONDS = 1.0  # until a run that outlives its cancellation is cancelled again
+
+Message = dict[str, Any]  # role, content (text), and tool_calls, tool_call_id, name where they are
+Event = tuple[str, Any]
+# The events of a run, in this order; after "end" or "error" comes nothing:
+#   ("accepted", None) ("start", None) ("delta", text) ("tool", dict) ("usage", dict) ("end", finish_reason)
+#   ("error", {"kind", "message", "retry_after", "taken"})
+CANCELLED: Event = ("error", {"kind": "cancelled", "message": "The run was cancelled."})
+Provider = Callable[[dict[str, Any]], AsyncIterator[str | dict[str, Any]]]
+
+log = logging.getLogger("copepod")
+
+
+class RunError(Exception):
+    """The run fails: `kind` says how (see chat_completions.ERRORS), the text may be shown to a stranger."""
+
+    def __init__(self, kind: str, message: str, *, retry_after: int | None = None, taken: bool = False) -> None:
+        super().__init__(message)
+        self.kind, self.retry_after, self.taken = kind, retry_after, taken
+
+
+def _new_id() -> str:
+    text = os.urandom(16).hex()
+    return f"{text[:8]}-{text[8:12]}-4{text[13:16]}-8{text[17:20]}-{text[20:]}"  # RFC 9562 5.4
+
+
+class Run:
+    """One turn of one agent in one session."""
+
+    __slots__ = (
+        "agent_id", "answer", "cancels", "deadline", "ended_at", "expired", "finish_reason", "gate", "id", "iterator",
+        "lane", "placed", "provider", "providers", "room", "session_key", "spoken", "started_at", "stored", "task",
+        "turn", "usage",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        agent_id: str,
+        session_key: str,
+        message: str,
+        messages: list[Message],
+        providers: Sequence[tuple[str, str, Provider]],
+        *,
+        system: str = "",
+        params: Mapping[str, Any] | None = None,
+        timeout: float,
+        stored: bool,
+        run_id: str = "",
+    ) -> None:
+        self.id = run_id or _new_id()
+        self.agent_id, self.session_key, self.providers, self.stored = agent_id, session_key, providers, stored
+        self.turn: dict[str, Any] = {  # what a provider is given
+            "run_id": self.id,
+            "agent_id": agent_id,
+            "session_key": session_key,
+            "session_id": _new_id(),  # a stored session has its own
+            "message": message,  # the text of the turn
+            "messages": messages,  # the whole conversation, with it
+            "system": system,
+            "params": params or {},
+            "model": "",
+        }
+        self.lane = (agent_id, session_key)
+        self.deadline = time.monotonic() + timeout
+        self.usage: dict[str, int] = {}  # OpenAI's names; empty where nothing was measured
+        self.finish_reason = "stop"
+        self.provider = ""  # the name of the one that answers
+        self.answer: list[str] = []  # the deltas so far
+        self.started_at: float | None = None  # seconds since the epoch
+        self.ended_at: float | None = None
+        self.task: asyncio.Task[Any] | None = None  # the one that takes the events
+        self.gate: asyncio.Future[None] | None = None  # what it waits for in the queue
+        self.placed = False  # it has one of the gateway's places
+        self.spoken = False  # a word or a tool's doing has gone out: no other model may begin anew
+        self.expired = False
+        self.cancels = 0  # of the deadline's, not yet taken back
+        self.room = MAX_ANSWER
+        self.iterator: AsyncGeneratorType[Event, None] | None = None
+
+    def begin(self, provider: str, model: str) -> None:
+        """Let a provider answer, the first or the next one."""
+        self.provider, self.turn["model"] = provider, model
+        self.usage, self.finish_reason = {}, "stop"
+
+    def take(self, item: str | dict[str, Any]) -> Event | None:
+        """Return the event that an item of a provider is, None for what only the end tells."""
+        if isinstance(item, str):
+            self.room -= len(item)
+            if self.room < 0:
+                raise RunError("upstream", "The agent's answer is too long.", taken=True)
+            self.spoken = True
+            self.answer.append(item)
+            return "delta", item
+        if "tool" in item:
+            self.spoken = True
+            return "tool", item["tool"]
+        self.usage = item.get("usage", self.usage)
+        self.finish_reason = item.get("finish_reason", self.finish_reason)
+        return None
+
+    def timeout(self) -> RunError:
+        """Return how the run fails when its deadline has passed."""
+        return RunError("timeout", "The agent took too long.", taken=self.placed)
+
+    def uncancel(self) -> bool:
+        """Take back the cancels of the deadline. True: the task has no other."""
+        others = 0
+        while self.cancels and self.task is not None:
+            self.cancels -= 1
+            others = self.task.uncancel()
+        return others == 0
+
+
+def undoubled(transcript: Sequence[Message], messages: Sequence[Message]) -> Sequence[Message]:
+    """Return `messages` without its longest beginning that is the transcript's end, but with the turn's message.
+
+    The turn's message is the last one of a user or a tool. Compared by role, text and tool ids.
+    """
+    old, new = [_identity(m) for m in transcript], [_identity(m) for m in messages]
+    turn = max((i for i, m in enumerate(messages) if m["role"] in ("user", "tool")), default=0)
+    longest = min(len(old), turn)
+    return messages[next((n for n in range(longest, 0, -1) if old[-n:] == new[:n]), 0) :]
+
+
+def _identity(message: Message) -> tuple[Any, ...]:
+    calls = tuple(call.get("id") for call in message.get("tool_calls") or ())
+    return message["role"], message.get("content") or "", message.get("tool_call_id"), calls
+
+
+def failure(error: Exception) -> dict[str, Any]:
+    """Return the payload of an "error" event. What says nothing for strangers is logged and told as a bug of ours."""
+    kind = getattr(error, "kind", None)
+    if kind is None:
+        log.error("a run failed", exc_info=error)
+        return {"kind": "internal", "message": "The gateway failed.", "retry_after": None, "taken": True}
+    return {
+        "kind": kind,
+        "message": str(error),
+        "retry_after": getattr(error, "retry_after", None),
+        "taken": getattr(error, "taken", False),
+    }
+
+
+async def _close(words: AsyncIterator[Any]) -> None:
+    close = getattr(words, "aclose", None)
+    if close is not None:
+        await close()
+
+
+def final(run: Run, error: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Return the last payload of a run in the gateway protocol's shape: what `agent` answers with. Times in ms."""
+    if error is not None:
+        return {"runId": run.id, "status": "error", "summary": error["message"]}
+    usage = run.usage
+    tokens = {"input": usage.get("prompt_tokens", 0), "output": usage.get("completion_tokens", 0)}
+    total = usage.get("total_tokens", sum(tokens.values()))
+    agent = {
+        "sessionId": run.turn["session_id"],
+        "provider": run.provider,
+        "model": run.turn["model"],
+        "usage": {**tokens, "cacheRead": 0, "cacheWrite": 0, "total": total},
+    }
+    duration = round(((run.ended_at or time.time()) - (run.started_at or time.time())) * 1000)
+    result = {
+        "payloads": [{"text": "".join(run.answer), "mediaUrl": None}],
+        "meta": {"durationMs": duration, "agentMeta": agent, "aborted": False},
+    }
+    return {"runId": run.id, "status": "ok", "summary": "completed", "result": result}
+
+
+class Runs:
+    """The runs of a gateway: one at a time in a lane, `max_concurrent` in all.
+
+    `load(agent, key)` gives a stored session's id and messages; `save(agent, key, session_id, messages,
+    model=, usage=)` commits a turn. Every observer is called with (run, event); it must return at once.
+    """
+
+    def __init__(
+        self,
+        max_concurrent: int,
+        load: Callable[[str, str], Awaitable[tuple[str, list[Message]]]],
+        save: Callable[..., Awaitable[None]],
+    ) -> None:
+        self.max_concurrent = max_concurrent
+        self.observers: list[Callable[[Run, Event], None]] = []
+        self.active: set[Run] = set()  # accepted and not ended
+        self.store_error = ""  # why the last turn of a session could not be read or written
+        self._load, self._save = load, save
+        self._lanes: dict[tuple[str, str], deque[Run]] = {}  # the first of a lane runs, or waits for a place
+        self._waiting: deque[Run] = deque()
+        self._placed = 0
+
+    def accept(self, run: Run) -> None:
+        """Queue `run`; whoever does so takes its events, or releases it. RunError: overloaded."""
+        lane = self._lanes.get(run.lane)
+        if lane is not None and len(lane) > MAX_LANE:
+            raise RunError("overloaded", f"{MAX_LANE} messages already wait in this session; try again later.")
+        if len(self._waiting) >= MAX_WAITING:
+            raise RunError("overloaded", "The gateway is busy; try again later.")
+        if lane is None:
+            lane = self._lanes[run.lane] = deque()
+        lane.append(run)
+        self.active.add(run)
+        if len(lane) == 1:
+            self._place(run)
+
+    def _place(self, run: Run) -> None:
+        if self._placed >= self.max_concurrent:
+            self._waiting.append(run)
+            return
+        self._placed += 1
+        run.placed = True
+        if run.gate is not None and not run.gate.done():
+            run.gate.set_result(None)
+
+    def release(self, run: Run) -> None:
+        """Give the run's place to the next one. Safe to call again."""
+        if run not in self.active:
+            return
+        self.active.remove(run)
+        run.ended_at = run.ended_at or time.time()
+        lane = self._lanes[run.lane]
+        first = lane[0] is run
+        lane.remove(run)
+        if run.placed:
+            self._placed -= 1
+        elif first:
+            self._waiting.remove(run)
+        if not lane:
+            del self._lanes[run.lane]
+        elif first:
+            self._waiting.append(lane[0])  # behind the other sessions, which a busy one must not starve
+        while self._waiting and self._placed < self.max_concurrent:
+            self._place(self._waiting.popleft())
+
+    def sweep(self) -> None:
+        """Cancel what has passed its deadline. To be called once a second or so."""
+        now = time.monotonic()
+        for run in [run for run in self.active if run.deadline < now]:
+            run.expired = True
+            run.deadline = now + CANCEL_SECONDS
+            # A task that waits for its own slow reader, outside, finds `expired` when it comes back.
+            if run.task is not None and run.iterator is not None and run.iterator.ag_running:
+                run.cancels += 1
+                run.task.cancel()
+
+    def events(self, run: Run) -> AsyncGenerator[Event, None]:
+        """Yield the events of an accepted run, from its first word on.
+
+        Its agent works while the next one is awaited, and not otherwise. Cancelling the task that takes them, or
+        closing this iterator once it has begun, ends the run down to its last resource.
+        """
+        run.iterator = cast("AsyncGeneratorType[Event, None]", self._events(run))
+        return run.iterator
+
+    async def _events(self, run: Run) -> AsyncGenerator[Event, None]:
+        run.task = asyncio.current_task()
+        try:
+            self._tell(run, ("accepted", None))
+            if not run.placed:
+                run.gate = asyncio.get_running_loop().create_future()
+                await run.gate
+            run.started_at = time.time()
+            self._tell(run, ("start", None))
+            new = await self._recall(run) if run.stored else None
+            for n, (name, model, provider) in enumerate(run.providers, 1):
+                run.begin(name, model)
+                words = provider(run.turn)
+                try:
+                    async for item in words:
+                        event = run.take(item)
+                        if event is not None:
+                            yield self._tell(run, event)
+                        if run.expired:
+                            raise run.timeout()
+                    break
+                except Exception as e:
+                    if run.spoken or run.expired or n == len(run.providers):
+                        raise
+                    log.warning("run %s: model %d failed, trying the next: %s", run.id, n, failure(e)["message"])
+                finally:
+                    await _close(words)
+            if new is not None:
+                await self._keep(run, [*new, {"role": "assistant", "content": "".join(run.answer)}])
+            if run.usage:
+                yield self._tell(run, ("usage", run.usage))
+            run.ended_at = time.time()
+            yield self._tell(run, ("end", run.finish_reason))
+        except (asyncio.CancelledError, GeneratorExit) as e:
+            # A cancel that is not the deadline's, or not its alone, is its caller's.
+            if isinstance(e, GeneratorExit) or not run.expired or not run.uncancel():
+                if run.ended_at is None:
+                    self._tell(run, CANCELLED)
+                raise
+            yield self._tell(run, ("error", failure(run.timeout())))
+        except Exception as e:
+            yield self._tell(run, ("error", failure(run.timeout() if run.expired else e)))
+        finally:
+            run.uncancel()
+            self.release(run)
+
+    def _tell(self, run: Run, event: Event) -> Event:
+        for observer in self.observers:
+            observer(run, event)
+        return event
+
+    async def _recall(self, run: Run) -> Sequence[Message] | None:
+        """Put the session's messages before the request's; return those of the request that are new, to be kept.
+
+        None: the session cannot be read. An answer without its past is better than none; the loss is said.
+        """
+        try:
+            run.turn["session_id"], transcript = await self._load(*run.lane)
+        except Exception as e:
+            self._lost("read", e)
+            return None
+        new = undoubled(transcript, run.turn["messages"])
+        run.turn["messages"] = [*transcript, *new]
+        return new
+
+    async def _keep(self, run: Run, messages: list[Message]) -> None:
+        try:
+            await self._save(
+                *run.lane, run.turn["session_id"], messages, model=run.turn["model"], usage=run.usage
+            )
+            self.store_error = ""
+        except Exception as e:
+            self._lost("written", e)
+
+    def _lost(self, what: str, error: Exception) -> None:
+        self.store_error = f"a session could not be {what}: {error}"
+        log.error("%s", self.store_error)

@@ -1,0 +1,889 @@
+"""Runs: lanes, places, deadlines, fallbacks, what is told and what is stored."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
+from typing import Any
+
+import pytest
+
+import runs as module
+from runs import CANCELLED, Run, RunError, Runs, failure, final, undoubled
+
+SECONDS = 10  # a bound, never waited for
+QUEUED = ("accepted", "start")  # these are told to observers
+TIMEOUT = ("error", {"kind": "timeout", "message": "The agent took too long.", "retry_after": None, "taken": True})
+USAGE = {"prompt_tokens": 1, "completion_tokens": 2, "total_tokens": 3}
+Item = str | dict[str, Any]
+Provider = Callable[[dict[str, Any]], AsyncIterator[Item]]
+
+
+def user(text: str) -> dict[str, Any]:
+    return {"role": "user", "content": text}
+
+
+def assistant(text: str) -> dict[str, Any]:
+    return {"role": "assistant", "content": text}
+
+
+def says(*items: Item | Exception) -> Provider:
+    async def provider(turn: dict[str, Any]) -> AsyncIterator[Item]:
+        for item in items:
+            if isinstance(item, Exception):
+                raise item
+            yield item
+
+    return provider
+
+
+class Waits:
+    """A provider that says a word, and the rest once it may."""
+
+    def __init__(self, *first: Item) -> None:
+        self.first = first
+        self.begun, self.go_on, self.closed = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+    async def __call__(self, turn: dict[str, Any]) -> AsyncIterator[Item]:
+        try:
+            for item in self.first:
+                yield item
+            self.begun.set()
+            await self.go_on.wait()
+            yield turn["message"]
+        finally:
+            self.closed.set()
+
+
+def make(*providers: Provider, key: str = "k", agent: str = "a", stored: bool = False, text: str = "hi") -> Run:
+    named = [(f"p{n}", f"m{n}", provider) for n, provider in enumerate(providers, 1)]
+    return Run(agent, key, text, [user(text)], named, timeout=600, stored=stored)
+
+
+class Desk(Runs):
+    """Runs with a store in a dict, an observer, and tasks that take events."""
+
+    def __init__(self, max_concurrent: int = 64) -> None:
+        super().__init__(max_concurrent, self.load, self.save)
+        self.told: list[tuple[Run, str, Any]] = []
+        self.observers.append(lambda run, event: self.told.append((run, *event)))
+        self.transcript: list[dict[str, Any]] = []
+        self.saved: list[tuple[Any, ...]] = []
+        self.broken: set[str] = set()
+
+    async def load(self, agent: str, key: str) -> tuple[str, list[dict[str, Any]]]:
+        if "load" in self.broken:
+            raise OSError("disk gone")
+        return f"session of {agent} {key}", list(self.transcript)
+
+    async def save(self, agent: str, key: str, session: str, messages: Any, *, model: str, usage: Any) -> None:
+        await asyncio.sleep(0)
+        if "save" in self.broken:
+            raise OSError("disk full")
+        self.saved.append((agent, key, session, messages, model, usage))
+
+    async def take(self, run: Run) -> list[tuple[str, Any]]:
+        async with aclosing(self.events(run)) as events:
+            return [event async for event in events if event[0] not in QUEUED]
+
+    def begin(self, run: Run) -> asyncio.Task[list[tuple[str, Any]]]:
+        self.accept(run)
+        return asyncio.create_task(self.take(run))
+
+    def told_of(self, run: Run) -> list[str]:
+        return [kind for who, kind, _ in self.told if who is run]
+
+    def expire(self, run: Run) -> None:
+        run.deadline = 0.0
+        self.sweep()
+
+    def check_empty(self) -> None:
+        assert (self.active, self._lanes, list(self._waiting), self._placed) == (set(), {}, [], 0)
+
+
+def play(work: Callable[[Desk], Awaitable[None]], max_concurrent: int = 64) -> None:
+    async def main() -> None:
+        desk = Desk(max_concurrent)
+        async with asyncio.timeout(SECONDS):
+            await work(desk)
+        desk.check_empty()
+
+    asyncio.run(main())
+
+
+async def settle() -> None:
+    """Let every task go as far as it can."""
+    for _ in range(20):
+        await asyncio.sleep(0)
+
+
+async def cancel(task: asyncio.Task[Any]) -> None:
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+# One run
+
+
+def test_events_in_order() -> None:
+    async def work(desk: Desk) -> None:
+        tool = {"name": "look"}
+        run = make(says("a", {"tool": tool}, {"usage": USAGE}, "b", {"finish_reason": "length"}))
+        more: list[Any] = []
+        desk.observers.append(lambda run, event: more.append(event))
+        before = time.time()
+        events = await desk.begin(run)
+        assert events == [("delta", "a"), ("tool", tool), ("delta", "b"), ("usage", USAGE), ("end", "length")]
+        assert [event for event in more if event[0] not in QUEUED] == events
+        assert desk.told == [(run, *event) for event in more]
+        assert desk.told_of(run) == ["accepted", "start", "delta", "tool", "delta", "usage", "end"]
+        assert run.started_at is not None
+        assert run.ended_at is not None
+        assert before <= run.started_at <= run.ended_at <= time.time()
+        assert (run.answer, run.usage, run.finish_reason, run.provider) == (["a", "b"], USAGE, "length", "p1")
+
+    play(work)
+
+
+def test_nothing_measured_is_not_told() -> None:
+    async def work(desk: Desk) -> None:
+        assert await desk.begin(make(says())) == [("end", "stop")]
+        assert await desk.begin(make(says({"usage": {}}, "x"))) == [("delta", "x"), ("end", "stop")]
+
+    play(work)
+
+
+def test_the_turn() -> None:
+    turns: list[dict[str, Any]] = []
+
+    async def provider(turn: dict[str, Any]) -> AsyncIterator[Item]:
+        turns.append(dict(turn))
+        yield turn["message"]
+
+    async def work(desk: Desk) -> None:
+        named = [("p", "m", provider)]
+        run = Run("a", "k", "hi", [user("hi")], named, system="s", params={"seed": 1}, timeout=9, stored=False)
+        assert 8 < run.deadline - time.monotonic() <= 9
+        await desk.begin(run)
+        (turn,) = turns
+        assert turn.pop("session_id") not in ("", run.id)
+        assert turn == {
+            "run_id": run.id, "agent_id": "a", "session_key": "k", "message": "hi", "messages": [user("hi")],
+            "system": "s", "params": {"seed": 1}, "model": "m",
+        }  # fmt: skip
+
+    play(work)
+
+
+def test_ids() -> None:
+    assert make().id != make().id
+    assert Run("a", "k", "", [], [], timeout=1, stored=False, run_id="mine").id == "mine"
+
+
+def test_final() -> None:
+    async def work(desk: Desk) -> None:
+        run = make(says("a", "b", {"usage": {"prompt_tokens": 1, "completion_tokens": 2}}))
+        await desk.begin(run)
+        payload = final(run)
+        assert payload.pop("runId") == run.id
+        result = payload.pop("result")
+        assert payload == {"status": "ok", "summary": "completed"}
+        assert result["payloads"] == [{"text": "ab", "mediaUrl": None}]
+        meta = result["meta"]
+        assert 0 <= meta["durationMs"] < 10_000
+        assert meta["aborted"] is False
+        usage = {"input": 1, "output": 2, "cacheRead": 0, "cacheWrite": 0, "total": 3}
+        session = run.turn["session_id"]
+        assert meta["agentMeta"] == {"sessionId": session, "provider": "p1", "model": "m1", "usage": usage}
+        error = {"kind": "timeout", "message": "Too long."}
+        assert final(run, error) == {"runId": run.id, "status": "error", "summary": "Too long."}
+
+    play(work)
+
+
+def test_a_provider_that_cannot_be_closed() -> None:
+    class Words:
+        def __init__(self) -> None:
+            self.words = iter("ab")
+
+        def __aiter__(self) -> Words:
+            return self
+
+        async def __anext__(self) -> str:
+            for word in self.words:
+                return word
+            raise StopAsyncIteration
+
+    async def work(desk: Desk) -> None:
+        assert await desk.begin(make(lambda turn: Words())) == [("delta", "a"), ("delta", "b"), ("end", "stop")]
+
+    play(work)
+
+
+def test_an_answer_has_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MAX_ANSWER", 10)
+
+    async def work(desk: Desk) -> None:
+        expected = [("delta", "xxxx"), ("delta", "yyyyyy"), ("end", "stop")]
+        assert await desk.begin(make(says("x" * 4, "y" * 6))) == expected
+        *words, (kind, error) = await desk.begin(make(says("x" * 4, "y" * 7)))
+        assert words == [("delta", "xxxx")]
+        assert (kind, error["kind"], error["taken"]) == ("error", "upstream", True)
+        assert "too long" in error["message"]
+
+    play(work)
+
+
+# Lanes and places
+
+
+def test_one_at_a_time_in_a_lane() -> None:
+    async def work(desk: Desk) -> None:
+        waits = [Waits() for _ in range(4)]
+        all_runs = [make(provider, text=str(n)) for n, provider in enumerate(waits)]
+        tasks = [desk.begin(run) for run in all_runs]
+        for n, provider in enumerate(waits):
+            await provider.begun.wait()
+            await settle()
+            assert [w.begun.is_set() for w in waits] == [True] * (n + 1) + [False] * (3 - n)
+            assert [run.placed for run in all_runs[n:]] == [True] + [False] * (3 - n)
+            provider.go_on.set()
+            assert await tasks[n] == [("delta", str(n)), ("end", "stop")]
+        starts = [run for run, kind, _ in desk.told if kind == "start"]
+        assert starts == all_runs
+
+    play(work)
+
+
+def test_another_agent_or_session_is_another_lane() -> None:
+    async def work(desk: Desk) -> None:
+        waits = [Waits() for _ in range(3)]
+        tasks = [
+            desk.begin(make(provider, agent=agent, key=key))
+            for provider, agent, key in zip(waits, "aab", ("k", "l", "k"), strict=True)
+        ]
+        for provider in reversed(waits):
+            await provider.begun.wait()
+        for provider, task in zip(reversed(waits), reversed(tasks), strict=True):
+            provider.go_on.set()
+            await task
+
+    play(work)
+
+
+def test_no_more_at_once_than_may() -> None:
+    async def work(desk: Desk) -> None:
+        waits = [Waits() for _ in range(5)]
+        tasks = [desk.begin(make(provider, key=str(n))) for n, provider in enumerate(waits)]
+        for n in range(5):
+            await waits[n].begun.wait()
+            await settle()
+            assert sum(w.begun.is_set() for w in waits) == min(n + 2, 5)
+            waits[n].go_on.set()
+            await tasks[n]
+
+    play(work, max_concurrent=2)
+
+
+def test_more_places_by_reload() -> None:
+    async def work(desk: Desk) -> None:
+        waits = [Waits() for _ in range(4)]
+        tasks = [desk.begin(make(provider, key=str(n))) for n, provider in enumerate(waits)]
+        await waits[0].begun.wait()
+        desk.max_concurrent = 3
+        waits[0].go_on.set()
+        await tasks[0]
+        for provider in waits[1:]:
+            await provider.begun.wait()
+            provider.go_on.set()
+        await asyncio.gather(*tasks)
+
+    play(work, max_concurrent=1)
+
+
+def test_a_busy_session_does_not_starve_the_others() -> None:
+    async def work(desk: Desk) -> None:
+        order: list[str] = []
+        desk.observers.append(lambda run, event: order.append(run.session_key) if event[0] == "start" else None)
+        first = Waits()
+        tasks = [desk.begin(make(first, key="busy")), desk.begin(make(says("x"), key="other"))]
+        tasks += [desk.begin(make(says("x"), key="busy")) for _ in range(3)]
+        await first.begun.wait()
+        first.go_on.set()
+        await asyncio.gather(*tasks)
+        assert order == ["busy", "other", "busy", "busy", "busy"]
+
+    play(work, max_concurrent=1)
+
+
+def test_a_full_lane() -> None:
+    async def work(desk: Desk) -> None:
+        lane = [make() for _ in range(module.MAX_LANE + 1)]  # one runs
+        for run in lane:
+            desk.accept(run)
+        with pytest.raises(RunError, match="32 messages already wait") as error:
+            desk.accept(make())
+        assert (error.value.kind, error.value.taken) == ("overloaded", False)
+        other = make(key="other")
+        desk.accept(other)
+        desk.release(lane[5])  # who leaves frees a place
+        again = make()
+        desk.accept(again)
+        for run in (*lane, other, again):
+            desk.release(run)
+
+    play(work)
+
+
+def test_a_full_queue(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MAX_WAITING", 2)
+
+    async def work(desk: Desk) -> None:
+        accepted = [make(key=str(n)) for n in range(3)]
+        for run in accepted:
+            desk.accept(run)
+        for key in ("0", "3"):
+            with pytest.raises(RunError, match="busy") as error:
+                desk.accept(make(key=key))
+            assert error.value.kind == "overloaded"
+        desk.release(accepted[1])
+        last = make(key="3")
+        desk.accept(last)
+        for run in (*accepted, last):
+            desk.release(run)
+
+    play(work, max_concurrent=1)
+
+
+def test_release_again_and_in_any_order() -> None:
+    async def work(desk: Desk) -> None:
+        for order in ((0, 1, 2, 3), (3, 2, 1, 0), (1, 3, 0, 2)):
+            four = [make(key=key) for key in "aabb"]
+            for run in four:
+                desk.accept(run)
+            for n in order:
+                for _ in range(2):
+                    desk.release(four[n])
+                assert desk._placed == min(1, len(desk.active))
+            assert all(run.ended_at is not None for run in four)
+            desk.check_empty()
+
+    play(work, max_concurrent=1)
+
+
+# Cancelling
+
+
+@pytest.mark.parametrize("key", ["k", "other"])  # it waits in its lane, or for a place
+def test_cancel_while_queued(key: str) -> None:
+    async def work(desk: Desk) -> None:
+        first, never, last = Waits(), Waits(), Waits()
+        middle = make(never, key=key)
+        tasks = [desk.begin(make(first)), desk.begin(middle), desk.begin(make(last, key=key))]
+        await first.begun.wait()
+        await cancel(tasks[1])
+        assert middle not in desk.active
+        assert desk.told_of(middle) == ["accepted", "error"]
+        assert desk.told[-1] == (middle, *CANCELLED)
+        first.go_on.set()
+        await tasks[0]
+        await last.begun.wait()
+        last.go_on.set()
+        await tasks[2]
+        assert not never.begun.is_set()
+
+    play(work, max_concurrent=1)
+
+
+def test_cancel_in_the_tick_of_its_turn() -> None:
+    async def work(desk: Desk) -> None:
+        first, second, third = make(says()), make(says("x")), make(says("y"))
+        desk.accept(first)
+        tasks = [desk.begin(second), desk.begin(third)]
+        await settle()
+        desk.release(first)
+        assert second.placed
+        await cancel(tasks[0])
+        assert await tasks[1] == [("delta", "y"), ("end", "stop")]
+
+    play(work)
+
+
+def test_cancel_while_running() -> None:
+    async def work(desk: Desk) -> None:
+        provider = Waits("word")
+        run = make(provider, stored=True)
+        task = desk.begin(run)
+        await provider.begun.wait()
+        await cancel(task)
+        assert provider.closed.is_set()
+        assert desk.told_of(run) == ["accepted", "start", "delta", "error"]
+        assert desk.told[-1][2]["kind"] == "cancelled"
+        assert not desk.saved
+        assert run.ended_at is not None
+
+    play(work)
+
+
+@pytest.mark.parametrize("how", ["cancel", "close"])
+def test_left_while_the_taker_is_elsewhere(how: str) -> None:
+    async def work(desk: Desk) -> None:
+        provider, taken = Waits("word"), asyncio.Event()
+        run = make(provider)
+
+        async def taker() -> None:
+            async with aclosing(desk.events(run)) as events:
+                async for kind, _ in events:
+                    if kind == "delta":
+                        taken.set()
+                        if how == "close":
+                            return
+                        await asyncio.Event().wait()
+
+        desk.accept(run)
+        task = asyncio.create_task(taker())
+        await taken.wait()
+        if how == "cancel":
+            await cancel(task)
+        else:
+            await task
+        assert provider.closed.is_set()
+        assert run not in desk.active
+        assert desk.told[-1] == (run, *CANCELLED)
+
+    play(work)
+
+
+def test_close_behind_the_end_tells_nothing_more() -> None:
+    async def work(desk: Desk) -> None:
+        for provider, last in ((says("x"), "end"), (says(RunError("upstream", "no")), "error")):
+            run = make(provider)
+            desk.accept(run)
+            async with aclosing(desk.events(run)) as events:
+                async for kind, _ in events:
+                    if kind == last:
+                        break
+            assert desk.told_of(run).count("error") == (last == "error")
+            assert desk.told_of(run)[-1] == last
+
+    play(work)
+
+
+def test_release_before_the_first_event() -> None:
+    async def work(desk: Desk) -> None:
+        run = make(says("x"))
+        desk.accept(run)
+        await desk.events(run).aclose()  # which never began
+        desk.release(run)
+        assert run not in desk.active
+
+    play(work)
+
+
+# Deadlines
+
+
+@pytest.mark.parametrize("first", [(), ("word",), ({"tool": {}},)])
+def test_timeout_while_running(first: tuple[Item, ...]) -> None:
+    async def work(desk: Desk) -> None:
+        provider = Waits(*first)
+        run = make(provider, says("never"), stored=True)
+        task = desk.begin(run)
+        await provider.begun.wait()
+        desk.sweep()
+        assert not run.expired
+        desk.expire(run)
+        assert (await task)[len(first) :] == [TIMEOUT]
+        assert provider.closed.is_set()
+        assert desk.told_of(run)[-1] == "error"
+        assert task.cancelling() == 0
+        assert not desk.saved
+
+    play(work)
+
+
+@pytest.mark.parametrize("key", ["k", "other"])
+def test_timeout_while_queued(key: str) -> None:
+    async def work(desk: Desk) -> None:
+        first = Waits()
+        run = make(says("never"), key=key)
+        tasks = [desk.begin(make(first)), desk.begin(run)]
+        await first.begun.wait()
+        desk.expire(run)
+        ((kind, error),) = await tasks[1]
+        assert (kind, error["kind"], error["taken"]) == ("error", "timeout", False)
+        first.go_on.set()
+        await tasks[0]
+
+    play(work, max_concurrent=1)
+
+
+def test_timeout_while_the_taker_is_elsewhere() -> None:
+    async def work(desk: Desk) -> None:
+        taken, back = asyncio.Event(), asyncio.Event()
+        closed = asyncio.Event()
+        events: list[Any] = []
+
+        async def provider(turn: dict[str, Any]) -> AsyncIterator[Item]:
+            try:
+                yield "a"
+                yield "b"
+            finally:
+                closed.set()
+
+        async def taker() -> None:
+            async with aclosing(desk.events(run)) as iterator:
+                async for event in iterator:
+                    events.append(event)
+                    if event[0] == "delta":
+                        taken.set()
+                        await back.wait()
+
+        run = make(provider)
+        desk.accept(run)
+        task = asyncio.create_task(taker())
+        await taken.wait()
+        desk.expire(run)
+        await settle()
+        assert not task.cancelling()  # its slow reader has a deadline of its own
+        back.set()
+        await task
+        assert events[-2:] == [("delta", "a"), TIMEOUT]
+        assert closed.is_set()
+
+    play(work)
+
+
+def test_timeout_of_what_nobody_takes() -> None:
+    async def work(desk: Desk) -> None:
+        run = make(says("x"))
+        desk.accept(run)
+        desk.expire(run)
+        assert run.expired
+        assert run.deadline > time.monotonic()
+        desk.events(run)
+        desk.expire(run)
+        desk.release(run)
+
+    play(work)
+
+
+def test_an_error_behind_the_deadline_is_a_timeout() -> None:
+    async def provider(turn: dict[str, Any]) -> AsyncIterator[Item]:
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            raise RunError("upstream", "broken by its cancellation") from None
+        yield ""
+
+    async def work(desk: Desk) -> None:
+        run = make(provider, says("never"))
+        task = desk.begin(run)
+        await settle()
+        desk.expire(run)
+        assert await task == [TIMEOUT]
+
+    play(work)
+
+
+class Stubborn:
+    """A provider that does not let itself be cancelled the first time."""
+
+    def __init__(self, *after: Item) -> None:
+        self.after, self.swallowed = after, asyncio.Event()
+
+    async def __call__(self, turn: dict[str, Any]) -> AsyncIterator[Item]:
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            self.swallowed.set()
+        for item in self.after:
+            yield item
+        await asyncio.Event().wait()
+
+
+def test_a_cancel_that_is_swallowed_before_a_word() -> None:
+    async def work(desk: Desk) -> None:
+        provider = Stubborn("late")
+        run = make(provider, says("never"))
+        task = desk.begin(run)
+        await settle()
+        desk.expire(run)
+        assert await task == [("delta", "late"), TIMEOUT]
+
+    play(work)
+
+
+def test_a_cancel_that_is_swallowed_is_repeated() -> None:
+    async def work(desk: Desk) -> None:
+        provider = Stubborn()
+        run = make(provider)
+        task = desk.begin(run)
+        await settle()
+        desk.expire(run)
+        await provider.swallowed.wait()
+        desk.expire(run)
+        assert await task == [TIMEOUT]
+
+    play(work)
+
+
+@pytest.mark.parametrize("after", [("late",), ({"usage": USAGE},)])
+def test_a_cancel_that_is_swallowed_leaves_nothing(after: tuple[Item, ...]) -> None:
+    async def work(desk: Desk) -> None:
+        run = make(Stubborn(*after))
+
+        async def taker() -> int:
+            assert (await desk.take(run))[-1] == TIMEOUT
+            task = asyncio.current_task()
+            assert task is not None
+            return task.cancelling()
+
+        desk.accept(run)
+        task = asyncio.create_task(taker())
+        await settle()
+        desk.expire(run)
+        assert await task == 0
+
+    play(work)
+
+
+def test_the_callers_cancel_counts_beside_the_deadlines() -> None:
+    async def work(desk: Desk) -> None:
+        provider = Waits("word")
+        run = make(provider)
+        task = desk.begin(run)
+        await provider.begun.wait()
+        desk.expire(run)
+        await cancel(task)  # in the same tick
+        assert desk.told[-1] == (run, *CANCELLED)
+        assert provider.closed.is_set()
+
+    play(work)
+
+
+# Fallbacks and errors
+
+BROKEN = RunError("upstream", "no server")
+
+
+@pytest.mark.parametrize(
+    ("providers", "expected", "name"),
+    [
+        ([says(BROKEN), says("x")], [("delta", "x"), ("end", "stop")], "p2"),
+        ([says(BROKEN), says(ValueError()), says("x")], [("delta", "x"), ("end", "stop")], "p3"),
+        ([says("x"), says("y")], [("delta", "x"), ("end", "stop")], "p1"),
+        ([says(), says("y")], [("end", "stop")], "p1"),
+    ],
+)
+def test_fallback(providers: list[Provider], expected: Any, name: str) -> None:
+    async def work(desk: Desk) -> None:
+        run = make(*providers, stored=True)
+        assert await desk.begin(run) == expected
+        assert run.provider == name
+        assert desk.saved[0][4] == run.turn["model"] == name.replace("p", "m")
+
+    play(work)
+
+
+@pytest.mark.parametrize("first", ["word", {"tool": {"name": "look"}}])
+def test_no_fallback_behind_a_word(first: Item) -> None:
+    async def work(desk: Desk) -> None:
+        event, (kind, error) = await desk.begin(make(says(first, BROKEN), says("never")))
+        assert event[0] in ("delta", "tool")
+        assert (kind, error["kind"], error["message"]) == ("error", "upstream", "no server")
+
+    play(work)
+
+
+def test_the_last_error_is_told() -> None:
+    async def work(desk: Desk) -> None:
+        last = RunError("rate_limited", "slow down", retry_after=7, taken=True)
+        ((kind, error),) = await desk.begin(make(says(BROKEN), says(last)))
+        assert (kind, error) == (
+            "error", {"kind": "rate_limited", "message": "slow down", "retry_after": 7, "taken": True}
+        )  # fmt: skip
+
+    play(work)
+
+
+def test_a_fallback_begins_anew() -> None:
+    async def work(desk: Desk) -> None:
+        run = make(says({"usage": USAGE}, {"finish_reason": "length"}, BROKEN), says("x"))
+        assert await desk.begin(run) == [("delta", "x"), ("end", "stop")]
+
+    play(work)
+
+
+@pytest.mark.parametrize(
+    "kind", ["rejected", "upstream_auth", "rate_limited", "upstream", "timeout", "overloaded", "internal"]
+)
+def test_kinds(kind: str) -> None:
+    class Other(Exception):
+        """Any error with a kind is taken as it is."""
+
+    other = Other("plain words")
+    other.kind = kind  # type: ignore[attr-defined]
+    for error in (RunError(kind, "plain words"), other):
+        assert failure(error) == {"kind": kind, "message": "plain words", "retry_after": None, "taken": False}
+
+
+def test_a_bug_is_logged_and_not_told(caplog: pytest.LogCaptureFixture) -> None:
+    async def work(desk: Desk) -> None:
+        run = make(says("x", KeyError("/secret/path")))
+        *_, (kind, error) = await desk.begin(run)
+        assert (kind, error["kind"], error["taken"]) == ("error", "internal", True)
+        assert "secret" not in str(error)
+
+    with caplog.at_level(logging.ERROR, "copepod"):
+        play(work)
+    assert "/secret/path" in caplog.text
+
+
+def test_a_close_that_breaks_is_an_error() -> None:
+    async def provider(turn: dict[str, Any]) -> AsyncIterator[Item]:
+        try:
+            yield "x"
+            await asyncio.Event().wait()
+        finally:
+            raise RunError("upstream", "close broke")
+
+    async def work(desk: Desk) -> None:
+        run = make(provider)
+        task = desk.begin(run)
+        await settle()
+        desk.expire(run)
+        assert await task == [("delta", "x"), TIMEOUT]
+
+    play(work)
+
+
+# What is stored
+
+U, A = user, assistant
+CALL = {"role": "assistant", "content": "", "tool_calls": [{"id": "c1", "function": {"name": "f"}}]}
+OTHER_CALL = {"role": "assistant", "content": "", "tool_calls": [{"id": "c2", "function": {"name": "f"}}]}
+RESULT = {"role": "tool", "content": "r", "tool_call_id": "c1"}
+
+
+@pytest.mark.parametrize(
+    ("transcript", "messages", "kept"),
+    [
+        pytest.param([], [U("a")], 1, id="no past"),
+        pytest.param([U("a"), A("b")], [U("c")], 1, id="only the new message"),
+        pytest.param([U("a"), A("b")], [U("a"), A("b"), U("c")], 1, id="the whole past sent again"),
+        pytest.param([U("x"), A("y"), U("a"), A("b")], [U("a"), A("b"), U("c")], 1, id="the end of the past"),
+        pytest.param([U("a"), A("b")], [A("b"), U("c")], 1, id="the last answer"),
+        pytest.param([U("a"), A("b")], [U("a"), U("c")], 2, id="not the past's end"),
+        pytest.param([U("a"), A("b"), U("c")], [U("a"), A("b"), U("d")], 3, id="only the past's beginning"),
+        pytest.param([U("a"), A("b")], [U("a"), A("B"), U("c")], 3, id="another answer"),
+        pytest.param([U("b")], [A("b"), U("c")], 2, id="another role"),
+        pytest.param([U("a")], [U("a")], 1, id="never the turn's message"),
+        pytest.param([U("a"), A("b"), U("a")], [U("a"), A("b"), U("a")], 2, id="the past's last message again"),
+        pytest.param([U("a"), U("a")], [U("a"), U("a"), U("a")], 1, id="the longest run"),
+        pytest.param([U("a"), A("b")], [U("a"), A("b"), U("c"), A("d")], 2, id="what stands behind the message"),
+        pytest.param([U("a"), A("b")], [U("a"), A("b")], 2, id="an answer at the end"),
+        pytest.param([U("a"), CALL], [U("a"), CALL, RESULT], 1, id="tool calls"),
+        pytest.param([U("a"), OTHER_CALL], [U("a"), CALL, RESULT], 3, id="other tool calls"),
+        pytest.param([CALL, RESULT, A("b")], [CALL, RESULT, A("b"), U("c")], 1, id="tool results"),
+        pytest.param(
+            [CALL, {**RESULT, "tool_call_id": "c9"}, A("b")], [CALL, RESULT, A("b"), U("c")], 4, id="other tool results"
+        ),
+        pytest.param([CALL], [{**CALL, "content": None}, RESULT], 1, id="no content is empty content"),
+        pytest.param([U("a")], [], 0, id="nothing"),
+        pytest.param([A("a")], [A("a")], 1, id="no message"),
+    ],
+)
+def test_undoubled(transcript: Any, messages: Any, kept: int) -> None:
+    assert list(undoubled(transcript, messages)) == messages[len(messages) - kept :]
+
+
+def test_stored() -> None:
+    async def work(desk: Desk) -> None:
+        seen: list[Any] = []
+
+        async def provider(turn: dict[str, Any]) -> AsyncIterator[Item]:
+            seen.append((turn["session_id"], list(turn["messages"])))
+            yield {"usage": USAGE}
+            yield "ans"
+            yield "wer"
+
+        desk.transcript = [U("a"), A("b")]
+        run = Run("ag", "key", "c", [A("b"), U("c")], [("p", "m", provider)], timeout=9, stored=True)
+        desk.observers.append(lambda run, event: seen.append(len(desk.saved)) if event[0] in ("usage", "end") else None)
+        await desk.begin(run)
+        assert seen == [("session of ag key", [U("a"), A("b"), U("c")]), 1, 1]  # committed before the end is told
+        assert desk.saved == [("ag", "key", "session of ag key", [U("c"), A("answer")], "m", USAGE)]
+        assert final(run)["result"]["meta"]["agentMeta"]["sessionId"] == "session of ag key"
+
+    play(work)
+
+
+def test_stateless() -> None:
+    async def work(desk: Desk) -> None:
+        desk.broken = {"load", "save"}  # neither is called
+        await desk.begin(make(says("x")))
+        assert desk.store_error == ""
+
+    play(work)
+
+
+def test_a_turn_that_failed_is_not_stored() -> None:
+    async def work(desk: Desk) -> None:
+        await desk.begin(make(says("x", BROKEN), stored=True))
+        assert not desk.saved
+
+    play(work)
+
+
+@pytest.mark.parametrize(("broken", "piece"), [("load", "read: disk gone"), ("save", "written: disk full")])
+def test_a_broken_store_is_told_and_the_turn_answered(
+    broken: str, piece: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def work(desk: Desk) -> None:
+        desk.transcript = [U("a")]
+        desk.broken = {broken}
+        run = make(says("x"), stored=True)
+        with caplog.at_level(logging.ERROR, "copepod"):
+            assert await desk.begin(run) == [("delta", "x"), ("end", "stop")]
+        assert piece in caplog.text
+        if broken == "load":
+            assert run.turn["messages"] == [U("hi")]
+        else:
+            assert piece in desk.store_error
+            desk.broken = set()
+            await desk.begin(make(says("x"), stored=True))
+            assert desk.store_error == ""
+
+    play(work)
+
+
+def test_a_store_that_cannot_be_read_stays_told() -> None:
+    async def work(desk: Desk) -> None:
+        desk.broken = {"load"}
+        await desk.begin(make(says("x"), stored=True))
+        assert "disk gone" in desk.store_error
+
+    play(work)
+
+
+def test_cancel_while_storing() -> None:
+    async def work(desk: Desk) -> None:
+        saving = asyncio.Event()
+
+        async def save(*_: Any, **__: Any) -> None:
+            saving.set()
+            await asyncio.Event().wait()
+
+        desk._save = save
+        run = make(says("x"), stored=True)
+        task = desk.begin(run)
+        await saving.wait()
+        await cancel(task)
+        assert desk.told_of(run)[-1] == "error"
+
+    play(work)
