@@ -1,0 +1,499 @@
+"""Where an agent's words come from: the echo, a Python function, or an OpenAI-compatible server."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import json
+import logging
+import os
+import re
+import sys
+import threading
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Collection, Iterable
+from contextlib import suppress
+from typing import Any, Protocol
+
+ECHO_SLICE = 256  # words between two turns of the loop: about a tenth of a millisecond
+THREADS = 256  # of one agent, those that a cancelled run left behind included: a thread cannot be ended
+AHEAD = 16  # items a thread may be ahead of their reader
+MAX_ANSWER = 8 * 1024 * 1024  # bytes of an answer that is not streamed
+MAX_REFUSAL = 64 * 1024  # bytes of a refusal's body
+MAX_MESSAGE = 500  # characters of another server's message
+MAX_RETRY_AFTER = 86_400  # seconds
+DONE_GRACE = 0.1  # seconds for the end of the body after [DONE], so that the connection can be used again
+FINISH_REASONS = {"stop", "length", "tool_calls", "content_filter"}
+UNREACHABLE = {errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN, errno.EHOSTDOWN}
+CODES = {  # what OpenAI-compatible servers write in `code` and `type` where no status can be
+    **dict.fromkeys(("invalid_request_error", "context_length_exceeded"), 400),
+    **dict.fromkeys(("authentication_error", "invalid_api_key", "permission_error"), 401),
+    **dict.fromkeys(("not_found_error", "model_not_found"), 404),
+    **dict.fromkeys(("rate_limit_error", "rate_limit_exceeded", "insufficient_quota"), 429),
+}
+WORD = re.compile(r"\S+\s*|\s+")
+
+log = logging.getLogger("copepod")
+
+Turn = dict[str, Any]
+Item = str | dict[str, Any]
+Provider = Callable[[Turn], AsyncIterator[Item]]
+
+
+class Response(Protocol):
+    """What `request` gives back; every failure of its connection is an OSError."""
+
+    status: int
+    fields: dict[str, str]
+
+    async def read(self, limit: int) -> bytes: ...
+
+    def events(self) -> AsyncIterator[str]: ...
+
+    def close(self) -> None: ...
+
+
+Request = Callable[[str, str, list[tuple[str, str]], bytes], Awaitable[Response]]
+
+
+class ProviderError(Exception):
+    """A turn that failed: `kind` says whose fault it was, `taken` whether the agent may have acted."""
+
+    def __init__(self, kind: str, message: str, *, taken: bool = False, retry_after: int | None = None) -> None:
+        super().__init__(message)
+        self.kind = kind
+        self.taken = taken
+        self.retry_after = retry_after
+
+
+def well_formed(text: str) -> str:
+    """The text; a lone surrogate, which UTF-8 cannot carry, becomes U+FFFD."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
+def usage_of(usage: object) -> dict[str, int] | None:
+    """Measured tokens in OpenAI's three names, None when these are no numbers."""
+    if not isinstance(usage, dict):
+        return None
+    prompt, completion = usage.get("prompt_tokens"), usage.get("completion_tokens", 0)
+    if not isinstance(prompt, int) or not isinstance(completion, int):
+        return None
+    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+
+
+# The echo
+
+
+def echo() -> Provider:
+    """The provider that answers with the message unchanged, word by word."""
+
+    async def provider(turn: Turn) -> AsyncIterator[Item]:
+        for count, word in enumerate(WORD.finditer(turn["message"]), 1):
+            yield word[0]
+            if count % ECHO_SLICE == 0:
+                await asyncio.sleep(0)  # nothing here waits, so a long message would keep the loop from all others
+
+    return provider
+
+
+# A Python function
+
+
+def python_entry(entry: str, folder: str, reserved: Collection[str]) -> Provider:
+    """The provider for `module:function`, looked for in `folder` first; ValueError says what is wrong with it.
+
+    `reserved`: the files of the gateway's own modules, which come first in a bare checkout.
+    """
+    import importlib
+
+    name, _, attribute = entry.partition(":")
+    if not name or not attribute:
+        raise ValueError(f'"{entry}" must have the form module:function')
+    sys.path.insert(0, folder)  # first for the import, then last, for what the agent itself imports later
+    try:
+        top = importlib.import_module(name.partition(".")[0])
+        file = os.path.realpath(getattr(top, "__file__", None) or "")
+        shadowed = file in map(os.path.realpath, reserved) and os.path.dirname(file) != os.path.realpath(folder)
+        module = top if shadowed else importlib.import_module(name)
+    except Exception as error:
+        if isinstance(error, ModuleNotFoundError) and error.name and (name + ".").startswith(error.name + "."):
+            raise ValueError(f'there is no module "{error.name}"') from None
+        raise ValueError(f'importing "{name}" failed: {type(error).__name__}: {error}') from error
+    finally:
+        sys.path.remove(folder)
+        if folder not in sys.path:
+            sys.path.append(folder)
+    if shadowed:
+        raise ValueError(f'"{top.__name__}" is shadowed by a module of the gateway; give yours another name')
+    function: Any = module
+    try:
+        for part in attribute.split("."):
+            function = getattr(function, part)
+    except AttributeError:
+        raise ValueError(f'the module "{name}" has no "{attribute}"') from None
+    return python_function(function)
+
+
+def python_function(function: Callable[..., object]) -> Provider:
+    """The provider that calls `function` with `(message)` or `(message, turn)`; ValueError when it takes neither.
+
+    It gives text, or the dicts of `checked`: all at once or one after the other, async or not. What is not async
+    runs in a thread of its own, so that it may block.
+    """
+    import inspect
+
+    if not callable(function):
+        raise ValueError(f"a {type(function).__name__} is no function")
+    with_turn = takes_turn(function)
+    # A wrapper of an async function is no async function itself; an object may have an async __call__.
+    targets = (inspect.unwrap(function), type(function).__call__)
+    is_async = any(inspect.isasyncgenfunction(each) or inspect.iscoroutinefunction(each) for each in targets)
+    slots = threading.BoundedSemaphore(THREADS)
+
+    async def provider(turn: Turn) -> AsyncIterator[Item]:
+        arguments = (turn["message"], turn) if with_turn else (turn["message"],)
+        items: AsyncIterator[object] | None = None
+        try:
+            if is_async:
+                result = function(*arguments)
+                items = result if isinstance(result, AsyncIterator) else unfold(result, slots)
+            else:
+                items = in_thread(lambda: function(*arguments), slots)
+            async for item in items:
+                if known := checked(item):
+                    yield known
+        except ProviderError:
+            raise
+        except (Exception, SystemExit, asyncio.CancelledError) as error:
+            task = asyncio.current_task()
+            if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():
+                raise  # the run's own; without it, the agent let a cancel of its own making escape
+            log.error("run %s: the agent failed", turn["run_id"], exc_info=error)
+            raise ProviderError("internal", "the agent failed", taken=True) from None
+        finally:
+            await close(items)
+
+    return provider
+
+
+def takes_turn(function: Callable[..., object]) -> bool:
+    """Whether the function takes `(message, turn)`; ValueError when it does not take `(message)` either."""
+    import inspect
+
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # some builtins tell none
+        return False
+    for count in (2, 1):
+        with suppress(TypeError):
+            signature.bind(*[""] * count)
+            return count == 2
+    raise ValueError("the function must take (message) or (message, turn)")
+
+
+def checked(item: object) -> Item | None:
+    """What an agent gave, None for an empty text; ProviderError for what no run knows."""
+    if isinstance(item, str):
+        return well_formed(item) if item else None
+    if isinstance(item, dict) and len(item) == 1:
+        if usage := usage_of(item.get("usage")):
+            return {"usage": usage}
+        if item.get("finish_reason") in FINISH_REASONS or isinstance(item.get("tool"), dict):
+            return item
+    name = type(item).__name__
+    raise ProviderError("internal", f"the agent gave a {name} that is neither text nor an event", taken=True)
+
+
+def listed(result: object) -> Iterable[object]:
+    """What a function gave back as items: text, a dict and what is of no use are one, None is none."""
+    if isinstance(result, Iterable) and not isinstance(result, str | bytes | dict):
+        return result
+    return () if result is None else (result,)
+
+
+async def unfold(result: object, slots: threading.BoundedSemaphore) -> AsyncIterator[object]:
+    """The items of what an async function gave back."""
+    if isinstance(result, Awaitable):
+        result = await result
+    if isinstance(result, AsyncIterable):
+        items = aiter(result)
+    elif isinstance(result, Iterable) and not isinstance(result, str | bytes | dict | list | tuple):
+        items = in_thread(lambda: result, slots)  # its next item may block
+    else:
+        for item in listed(result):
+            yield item
+        return
+    try:
+        async for item in items:
+            yield item
+    finally:
+        await close(items)
+
+
+async def in_thread(call: Callable[[], object], slots: threading.BoundedSemaphore) -> AsyncIterator[object]:
+    """The items of what `call` gives back, all fetched in one thread, which ends at its next item when we do.
+
+    Not the loop's own pool: that has a handful of threads, which agents that hang would use up, and an exit waits
+    for them.
+    """
+    if not slots.acquire(blocking=False):
+        raise ProviderError("overloaded", "the agent is busy")
+    loop = asyncio.get_running_loop()
+    arrived: asyncio.Queue[tuple[object, BaseException | None] | None] = asyncio.Queue()
+    room = threading.Semaphore(AHEAD)
+    over = False
+
+    def post(entry: tuple[object, BaseException | None] | None) -> None:
+        with suppress(RuntimeError):  # the loop is closed: nobody waits
+            loop.call_soon_threadsafe(arrived.put_nowait, entry)
+
+    def work() -> None:
+        try:
+            items = iter(listed(call()))
+            for item in items:
+                post((item, None))
+                room.acquire()
+                if over:
+                    break
+            if hasattr(items, "close"):
+                items.close()
+            post(None)
+        except BaseException as error:  # also SystemExit: it is the agent that fails, not the gateway
+            post((None, error))
+        finally:
+            slots.release()
+
+    threading.Thread(target=work, name="copepod-agent", daemon=True).start()
+    try:
+        while entry := await arrived.get():
+            item, error = entry
+            if error is not None:
+                raise error
+            room.release()
+            yield item
+    finally:
+        over = True
+        room.release()
+
+
+async def close(items: AsyncIterator[Any] | None) -> None:
+    """Closes an async generator; what it raises then is only logged."""
+    if (aclose := getattr(items, "aclose", None)) is not None:
+        try:
+            await aclose()
+        except Exception:
+            log.exception("an agent's generator failed while it was closed")
+
+
+# An OpenAI-compatible server
+
+
+def openai_completions(options: dict[str, Any], request: Request) -> Provider:
+    """The provider that asks the server at `baseUrl`, always streamed."""
+    url = options["baseUrl"].rstrip("/") + "/chat/completions"
+    secrets = [options["apiKey"]] if options.get("apiKey") else []
+    fields, seconds = fields_of(options), options.get("timeoutSeconds")
+
+    async def provider(turn: Turn) -> AsyncIterator[Item]:
+        clock = asyncio.get_running_loop().time
+        deadline = None if seconds is None else clock() + seconds
+        response: Response | None = None
+        events: AsyncIterator[str] | None = None
+        answer = Answer(secrets)
+        try:
+            async with asyncio.timeout_at(deadline):
+                response = await request("POST", url, fields, body_of(turn))
+            if not 200 <= response.status < 300:
+                async with asyncio.timeout_at(deadline):
+                    raise await refusal(response, turn["run_id"], secrets)
+            if response.fields.get("content-type", "").lower().startswith("application/json"):
+                async with asyncio.timeout_at(deadline):
+                    body = await response.read(MAX_ANSWER)
+                if text := answer.take(body, "message"):
+                    yield text
+                answer.done = bool(text)
+            else:
+                events = response.events() if deadline is None else timed(response.events(), deadline)
+                async for data in events:
+                    if data == "[DONE]":
+                        answer.done = True
+                        break
+                    if text := answer.take(data, "delta"):
+                        yield text
+            for item in answer.end():
+                yield item
+            if events is not None:
+                await drain(events)
+        except OSError as error:
+            log.warning("run %s: the model server: %s", turn["run_id"], error or type(error).__name__)
+            if isinstance(error, TimeoutError) and deadline is not None and clock() >= deadline:
+                raise ProviderError("timeout", "the model server took too long", taken=True) from None
+            raise broken(error, response is not None) from None
+        finally:
+            if response is not None:
+                response.close()
+            await close(events)
+
+    return provider
+
+
+def fields_of(options: dict[str, Any]) -> list[tuple[str, str]]:
+    """The request's fields; those of the configuration win."""
+    fields = {"content-type": "application/json", "accept": "text/event-stream, application/json"}
+    if key := options.get("apiKey"):
+        fields["authorization"] = f"Bearer {key}"
+    return list((fields | {name.lower(): value for name, value in (options.get("headers") or {}).items()}).items())
+
+
+def body_of(turn: Turn) -> bytes:
+    """The request's body."""
+    system = [{"role": "system", "content": turn["system"]}] if turn["system"] else []
+    value = {
+        "model": turn["model"],
+        "messages": system + turn["messages"],
+        "stream": True,
+        "stream_options": {"include_usage": True},
+        **turn["params"],
+    }
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+class Answer:
+    """What the chunks of an answer, or the whole of it, told so far."""
+
+    def __init__(self, secrets: list[str]) -> None:
+        self.secrets = secrets
+        self.usage: dict[str, int] | None = None
+        self.finish_reason: str | None = None
+        self.done = False
+
+    def take(self, data: str | bytes, part: str) -> str:
+        """The text of a chunk (part "delta") or of a whole answer ("message"), often ""; else ProviderError."""
+        try:
+            value = json.loads(data)
+            if error := value if value.get("object") == "error" else value.get("error"):
+                raise told(error, self.secrets)
+            if value.get("usage"):
+                self.usage = usage_of(value["usage"]) or self.usage
+            if not value.get("choices"):  # a heartbeat, or usage alone
+                return ""
+            choice = value["choices"][0]
+            if reason := choice.get("finish_reason"):
+                if reason == "error":
+                    raise ProviderError("upstream", "the model server failed", taken=True)
+                self.finish_reason = reason if reason in FINISH_REASONS else "stop"
+            return well_formed((choice.get(part) or {}).get("content") or "")
+        except (ValueError, RecursionError, AttributeError, LookupError, TypeError):
+            raise ProviderError("upstream", "the model server's answer makes no sense", taken=True) from None
+
+    def end(self) -> list[Item]:
+        """The last items; ProviderError when the answer is not whole."""
+        if not self.done and self.finish_reason is None:
+            raise ProviderError("upstream", "the model server's answer broke off", taken=True)
+        items: list[Item] = [{"usage": self.usage}] if self.usage else []
+        return [*items, {"finish_reason": self.finish_reason}] if self.finish_reason else items
+
+
+def told(error: object, secrets: list[str]) -> ProviderError:
+    """The error that a server wrote into its answer, in place of a status."""
+    status: object = None
+    for name in ("status", "status_code", "code", "type"):
+        value = error.get(name) if isinstance(error, dict) else None
+        if isinstance(value, str):
+            value = int(value) if re.fullmatch("[0-9]{3}", value) else CODES.get(value)
+        if isinstance(value, int) and 400 <= value < 600:
+            status = value
+            break
+    message = message_of({"error": error}, secrets)
+    if isinstance(status, int) and status < 500 and status != 408:
+        return status_error(status, message)
+    return ProviderError("upstream", message or "the model server failed", taken=True)
+
+
+def status_error(status: int, message: str, retry_after: int | None = None) -> ProviderError:
+    """The error for a status that is no success."""
+    if status in (401, 402, 403):
+        return ProviderError("upstream_auth", "the model server refused the gateway's credentials")
+    if 300 <= status < 400:
+        return ProviderError("upstream_auth", "the model server answered with a redirect, which is never followed")
+    if status == 429:
+        return ProviderError("rate_limited", "the model server's rate limit is reached", retry_after=retry_after)
+    if status != 408 and 400 <= status < 500:
+        return ProviderError("rejected", message or f"the model server refused the request with status {status}")
+    # RFC 9110: 408 did not get the request, 503 did not handle it; any other may have acted on it.
+    return ProviderError("upstream", f"the model server failed with status {status}", taken=status not in (408, 503))
+
+
+def message_of(value: object, secrets: list[str]) -> str:
+    """Another server's message, safe to hand on: plain text, short, without our secrets; "" when there is none."""
+    found: object = None
+    if isinstance(value, dict):
+        error = value.get("error")
+        found = error.get("message") if isinstance(error, dict) else error
+        found = found or value.get("message") or value.get("detail")
+    if not isinstance(found, str) or found.lstrip().startswith("<"):
+        return ""
+    for secret in secrets:
+        found = found.replace(secret, "***")
+    return well_formed(" ".join(found.split()))[:MAX_MESSAGE]
+
+
+def retry_seconds(text: str) -> int | None:
+    """The seconds of a Retry-After (RFC 9110, 10.2.3), at least 1 and at most a day, None when it cannot be read."""
+    if text.isascii() and text.isdigit():
+        return min(max(int(text[:9]), 1), MAX_RETRY_AFTER)
+    import time
+    from email.utils import parsedate_to_datetime
+
+    try:
+        seconds = parsedate_to_datetime(text).timestamp() - time.time()
+    except (ValueError, OverflowError):
+        return None
+    return min(max(round(seconds), 1), MAX_RETRY_AFTER)
+
+
+def broken(error: OSError, answered: bool) -> ProviderError:
+    """The error for a connection that failed. Once a request may have been sent, the turn counts as taken."""
+    import socket
+
+    if isinstance(error, ValueError):  # ssl.SSLCertVerificationError is one, and ssl needs no import for that
+        return ProviderError("upstream", "the model server's certificate could not be verified")
+    refused = isinstance(error, ConnectionRefusedError | socket.gaierror) or error.errno in UNREACHABLE
+    # asyncio joins the failures of several addresses in one text, without an errno
+    if not answered and (refused or str(error).startswith("Multiple exceptions")):
+        return ProviderError("upstream", "the model server could not be reached")
+    return ProviderError("upstream", "the connection to the model server broke", taken=True)
+
+
+async def refusal(response: Response, run_id: str, secrets: list[str]) -> ProviderError:
+    """The error for a response that is no success."""
+    try:
+        message = message_of(json.loads(await response.read(MAX_REFUSAL)), secrets)
+    except (OSError, ValueError, RecursionError):  # the status tells enough
+        message = ""
+    log.warning("run %s: the model server answered with status %d: %s", run_id, response.status, message)
+    return status_error(response.status, message, retry_seconds(response.fields.get("retry-after", "")))
+
+
+async def timed(events: AsyncIterator[str], deadline: float) -> AsyncIterator[str]:
+    """The events until the deadline, a time of the loop's clock, then TimeoutError."""
+    try:
+        while True:
+            async with asyncio.timeout_at(deadline):
+                data = await anext(events, None)
+            if data is None:
+                return
+            yield data
+    finally:
+        await close(events)
+
+
+async def drain(events: AsyncIterator[str]) -> None:
+    """Reads what follows [DONE], most often the end of the body alone: only then is the connection used again."""
+    with suppress(OSError):
+        async with asyncio.timeout(DONE_GRACE):
+            async for _ in events:
+                pass

@@ -1,0 +1,592 @@
+from __future__ import annotations
+
+import asyncio
+import email.utils
+import gc
+import json
+import logging
+import pathlib
+import socket
+import ssl
+import sys
+import threading
+import time
+
+import pytest
+
+import providers
+
+HERE = str(pathlib.Path(__file__).parent)
+
+
+def turn(message="hello", **more):
+    return {
+        "run_id": "run_1", "agent_id": "main", "session_key": "k", "session_id": "sid", "message": message,
+        "system": "", "messages": [{"role": "user", "content": message}], "model": "m", "params": {},
+    } | more  # fmt: skip
+
+
+async def take(provider, a_turn):
+    """The items, then the error as (kind, message, taken, retry_after)."""
+    items = []
+    try:
+        async for item in provider(a_turn):
+            items.append(item)  # noqa: PERF401 (the items before an error count)
+    except providers.ProviderError as error:
+        items.append((error.kind, str(error), error.taken, error.retry_after))
+    return items
+
+
+def run(provider, a_turn=None):
+    return asyncio.run(asyncio.wait_for(take(provider, a_turn or turn()), 20))
+
+
+def agent(name):
+    return providers.python_entry(f"agents_for_tests:{name}", HERE, ())
+
+
+@pytest.fixture
+def agents():
+    agent("words")
+    module = sys.modules["agents_for_tests"]
+    module.closed.clear()
+    module.go_on.clear()
+    module.threads.clear()
+    yield module
+    module.go_on.set()
+
+
+# The echo
+
+
+@pytest.mark.parametrize(
+    ("message", "count"),
+    [
+        ("hello", 1), ("hello\n", 1), ("one two three", 3), ("  led", 2), (" \t\n ", 1),
+        ("a\u00a0b\r\n\r\nc  d ", 4), ("\u4f60\u597d \U0001f600\n", 2), ("w " * 5000, 5000),
+    ],
+)  # fmt: skip
+def test_the_echo_gives_the_message_back_word_by_word(message, count):
+    items = run(providers.echo(), turn(message))
+    assert "".join(items) == message
+    assert len(items) == count
+
+
+def test_a_long_echo_gives_way():
+    async def main():
+        count = 0
+
+        async def other():
+            nonlocal count
+            while True:
+                count += 1
+                await asyncio.sleep(0)
+
+        task = asyncio.create_task(other())
+        items = await take(providers.echo(), turn("word " * (providers.ECHO_SLICE * 10)))
+        task.cancel()
+        return len(items), count
+
+    length, count = asyncio.run(main())
+    assert length == providers.ECHO_SLICE * 10
+    assert count >= 10
+
+
+# A Python function
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("words", ["you ", "said ", "hello"]),
+        ("wrapped", ["you ", "said ", "hello"]),
+        ("generator", ["you ", "said ", "hello"]),
+        ("events", [
+            "sid", {"tool": {"name": "look"}},
+            {"usage": {"prompt_tokens": 2, "completion_tokens": 3, "total_tokens": 5}}, {"finish_reason": "length"},
+        ]),
+        ("one", ["HELLO"]),
+        ("nothing", []),
+        ("some", ["a", "b", "hello"]),
+        ("slow_generator", ["in ", "a ", "thread"]),
+        ("sync_words", ["in ", "a ", "thread"]),
+        ("plain", ["olleh"]),
+        ("plain_nothing", []),
+        ("plain_list", ["hello", "run_1"]),
+        ("callable_object", ["object ", "hello"]),
+        ("method", ["method hello"]),
+        ("callable_object.method", ["method hello"]),
+        ("partial", ["partial hello"]),
+        ("builtin", ["HELLO"]),
+        ("no_signature", ["unsigned"]),
+        ("letters", ["x", "y", "z"]),
+        ("surrogate", ["a\ufffdb"]),
+    ],
+)  # fmt: skip
+def test_an_agent_of_every_shape(agents, name, expected):
+    assert run(agent(name)) == expected
+    assert threading.main_thread() not in agents.threads
+
+
+@pytest.mark.parametrize(
+    ("name", "items", "message"),
+    [
+        ("raises", ["first"], "the agent failed"),
+        ("plain_raises", [], "the agent failed"),
+        ("leaves", [], "the agent failed"),
+        ("plain_leaves", [], "the agent failed"),
+        ("cancels_itself", [], "the agent failed"),
+        ("number_item", [], "the agent gave a int that is neither text nor an event"),
+        ("bad_dict", [], "the agent gave a dict that is neither text nor an event"),
+        ("bad_finish", [], "the agent gave a dict that is neither text nor an event"),
+        ("bad_bytes", [], "the agent gave a bytes that is neither text nor an event"),
+    ],
+)
+def test_a_failing_agent_is_an_internal_error(agents, caplog, name, items, message):
+    assert run(agent(name)) == [*items, ("internal", message, True, None)]
+    if message == "the agent failed":
+        (record,) = caplog.records
+        assert record.name == "copepod"
+        assert "run_1" in record.getMessage()
+        assert record.exc_info
+
+
+def test_a_failure_while_an_agent_is_closed_is_logged(agents, caplog):
+    async def main():
+        items = agent("breaks_in_close")(turn())
+        assert await anext(items) == "started"
+        await items.aclose()
+
+    asyncio.run(main())
+    assert [record.exc_info[0] for record in caplog.records] == [RuntimeError]
+
+
+@pytest.mark.parametrize("name", ["waits", "endless"])
+def test_closing_closes_the_agent(agents, name):
+    async def main():
+        items = agent(name)(turn())
+        await anext(items)
+        await items.aclose()
+        if name == "waits":
+            assert agents.closed.is_set()
+
+    asyncio.run(main())
+    assert agents.closed.wait(5)
+
+
+def test_a_cancel_closes_the_agent_at_once(agents):
+    async def main():
+        items = agent("waits")(turn())
+        await anext(items)
+        task = asyncio.ensure_future(anext(items))
+        await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert agents.closed.is_set()
+
+    asyncio.run(main())
+
+
+def test_a_blocked_thread_holds_nobody_up_and_their_number_is_bounded(agents, monkeypatch):
+    monkeypatch.setattr(providers, "THREADS", 1)
+
+    async def main():
+        provider = agent("blocks")
+        first = asyncio.ensure_future(take(provider, turn()))
+        await asyncio.sleep(0)
+        assert await take(provider, turn()) == [("overloaded", "the agent is busy", False, None)]
+        first.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asyncio.wait_for(first, 5)
+        assert not agents.go_on.is_set()
+
+    start = time.monotonic()
+    asyncio.run(main())
+    assert time.monotonic() - start < 5
+    agents.go_on.set()  # the thread ends in a closed loop, without a word
+    for thread in threading.enumerate():
+        if thread.name == "copepod-agent":
+            thread.join(5)
+            assert not thread.is_alive()
+
+
+def test_a_thread_is_not_far_ahead_of_its_reader(agents):
+    taken = 0
+
+    def count(message):
+        nonlocal taken
+        while True:
+            taken += 1
+            yield str(taken)
+
+    async def main():
+        items = providers.python_function(count)(turn())
+        assert await anext(items) == "1"
+        for _ in range(20):
+            await asyncio.sleep(0.001)
+        assert taken <= providers.AHEAD + 2
+        assert await anext(items) == "2"
+        await items.aclose()
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ("agents_for_tests", '"agents_for_tests" must have the form module:function'),
+        ("agents_for_tests:", '"agents_for_tests:" must have the form module:function'),
+        (":words", '":words" must have the form module:function'),
+        ("no_such_module:words", 'there is no module "no_such_module"'),
+        ("agents_for_tests.inner:words", 'there is no module "agents_for_tests.inner"'),
+        ("agents_for_tests:no_such", 'the module "agents_for_tests" has no "no_such"'),
+        ("agents_for_tests:callable_object.no", 'the module "agents_for_tests" has no "callable_object.no"'),
+        ("agents_for_tests:number", "a int is no function"),
+        ("agents_for_tests:no_arguments", "the function must take (message) or (message, turn)"),
+    ],
+)
+def test_a_bad_entry(entry, message):
+    path = list(sys.path)
+    with pytest.raises(ValueError) as caught:  # noqa: PT011
+        providers.python_entry(entry, HERE, ())
+    assert str(caught.value) == message
+    assert sys.path == path
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("copepod_agent_a", "import no_such_thing", "there is no module"),
+        ("copepod_agent_b", "def reply(:", "SyntaxError"),
+        ("copepod_agent_c", "raise ValueError('at import')", "ValueError: at import"),
+    ],
+)
+def test_an_entry_that_cannot_be_imported(tmp_path, name, text, message):
+    (tmp_path / f"{name}.py").write_text(text)
+    with pytest.raises(ValueError) as caught:  # noqa: PT011
+        providers.python_entry(f"{name}:reply", str(tmp_path), ())
+    if name == "copepod_agent_a":
+        assert str(caught.value) == 'importing "copepod_agent_a" failed: ' \
+            "ModuleNotFoundError: No module named 'no_such_thing'"
+    else:
+        assert message in str(caught.value)
+
+
+def test_an_entry_in_a_package_and_one_that_is_shadowed(tmp_path, agents):
+    package = tmp_path / "copepod_package"
+    package.mkdir()
+    (package / "agents.py").write_text("def reply(message): return 'packed ' + message")
+    ours = [agents.__file__, "/no/such/auth.py"]
+    provider = providers.python_entry("copepod_package.agents:reply", str(tmp_path), ours)
+    assert run(provider) == ["packed hello"]
+    (tmp_path / "agents_for_tests.py").write_text("def words(message): return 'mine'")
+    for entry in ("agents_for_tests:words", "agents_for_tests.inner:words"):
+        with pytest.raises(ValueError, match='"agents_for_tests" is shadowed by a module of the gateway'):
+            providers.python_entry(entry, str(tmp_path), ours)
+    assert providers.python_entry("agents_for_tests:words", HERE, ours)
+
+
+# An OpenAI-compatible server
+
+
+class Response:
+    def __init__(self, status=200, fields=None, events=(), body=b"", hang=False):
+        self.status, self.fields, self.body, self.hang = status, fields or {}, body, hang
+        self.script = events
+        self.closed = self.ended = self.finalized = False
+
+    async def read(self, limit):
+        if isinstance(self.body, OSError):
+            raise self.body
+        if len(self.body) > limit:
+            raise OSError("too long")
+        if self.hang:
+            await asyncio.Event().wait()
+        return self.body
+
+    async def events(self):
+        try:
+            for event in self.script:
+                if isinstance(event, OSError):
+                    raise event
+                yield event if isinstance(event, str) else json.dumps(event)
+            if self.hang:
+                await asyncio.Event().wait()
+            self.ended = True
+        finally:
+            self.finalized = True
+
+    def close(self):
+        self.closed = True
+
+
+def server(answer, **options):
+    """The provider, and the list of the requests made."""
+    requests = []
+
+    async def request(method, url, fields, body):
+        requests.append((method, url, dict(fields), json.loads(body)))
+        if isinstance(answer, OSError):
+            raise answer
+        if answer is None:
+            await asyncio.Event().wait()
+        return answer
+
+    options = {"baseUrl": "http://up/v1/", "apiKey": "sk-secret"} | options
+    return providers.openai_completions(options, request), requests
+
+
+def delta(text=None, reason=None, **more):
+    content = {} if text is None else {"content": text}
+    return {"choices": [{"index": 0, "delta": content, "finish_reason": reason}]} | more
+
+
+USAGE = {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7}
+COUNTED, STOP, DONE = {"usage": USAGE}, {"finish_reason": "stop"}, "[DONE]"
+NONSENSE = ("upstream", "the model server's answer makes no sense", True, None)
+BROKE_OFF = ("upstream", "the model server's answer broke off", True, None)
+FAILED = ("upstream", "the model server failed", True, None)
+LOST = ("upstream", "the connection to the model server broke", True, None)
+DENIED = ("upstream_auth", "the model server refused the gateway's credentials", False, None)
+
+
+@pytest.mark.parametrize(
+    ("events", "expected"),
+    [
+        ([delta("a"), delta("b"), delta(None, "stop"), DONE], ["a", "b", STOP]),
+        ([delta("a", "length"), DONE], ["a", {"finish_reason": "length"}]),
+        ([delta("a"), delta(None, "stop"), {"choices": [], "usage": USAGE}, DONE], ["a", COUNTED, STOP]),
+        ([delta("a"), {"choices": [], "usage": USAGE}, delta(None, "stop"), DONE], ["a", COUNTED, STOP]),
+        ([delta("a", usage=None), delta("b", "stop", usage=USAGE), DONE], ["a", "b", COUNTED, STOP]),
+        ([delta("a", "stop"), {"usage": {"prompt_tokens": 3, "completion_tokens": 4}}], ["a", COUNTED, STOP]),
+        ([delta("a", "stop", usage={"prompt_tokens": "x"}), DONE], ["a", STOP]),
+        ([delta("a", "stop", usage="many"), DONE], ["a", STOP]),
+        ([{"choices": []}, {}, delta(), delta(""), delta("a"), DONE], ["a"]),
+        ([{"choices": [{"delta": None, "finish_reason": "eos"}]}, DONE], [STOP]),
+        ([{"choices": [{"delta": {"tool_calls": [{}], "reasoning_content": "x"}}]}, delta(None, "tool_calls"), DONE],
+         [{"finish_reason": "tool_calls"}]),
+        ([delta("\ud83d"), delta("a\u2028\U0001f600", "stop"), DONE], ["\ufffd", "a\u2028\U0001f600", STOP]),
+        ([delta("a", "stop"), DONE, delta("behind the end")], ["a", STOP]),
+        ([delta("a")], ["a", BROKE_OFF]),
+        ([], [BROKE_OFF]),
+        ([delta("a"), OSError("reset")], ["a", LOST]),
+        ([delta("a"), ConnectionRefusedError()], ["a", LOST]),
+        ([delta("a"), "{"], ["a", NONSENSE]),
+        (["[" * 200_000], [NONSENSE]),
+        (["[]"], [NONSENSE]),
+        (["null"], [NONSENSE]),
+        ([{"choices": {"0": 1}}], [NONSENSE]),
+        ([{"choices": ["x"]}], [NONSENSE]),
+        ([{"choices": [{"delta": {"content": ["x"]}}]}], [NONSENSE]),
+        ([{"choices": [{"delta": "x"}]}], [NONSENSE]),
+        ([{"choices": [{"finish_reason": {}, "delta": {}}]}, {"choices": [{"finish_reason": {"a": 1}}]}], [NONSENSE]),
+        ([delta("a", "error")], [FAILED]),
+        ([delta("a"), {"error": {"message": "went  wrong\nwith sk-secret", "code": 500}}],
+         ["a", ("upstream", "went wrong with ***", True, None)]),
+        ([{"error": {"message": "went", "code": None, "type": "server_error"}}], [("upstream", "went", True, None)]),
+        ([{"error": {"message": "timed out", "code": 408}}], [("upstream", "timed out", True, None)]),
+        ([{"error": "plain words"}], [("upstream", "plain words", True, None)]),
+        ([{"error": {"code": "999"}}], [FAILED]),
+        ([{"error": {"message": "bad", "code": "400"}}], [("rejected", "bad", False, None)]),
+        ([{"error": {"message": "long", "code": "context_length_exceeded"}}], [("rejected", "long", False, None)]),
+        ([{"error": {"message": "x", "type": "rate_limit_error"}}],
+         [("rate_limited", "the model server's rate limit is reached", False, None)]),
+        ([{"error": {"message": "x", "status": 401}}], [DENIED]),
+        ([{"object": "error", "message": "too long", "code": 400}], [("rejected", "too long", False, None)]),
+    ],
+)  # fmt: skip
+def test_a_streamed_answer(events, expected):
+    response = Response(fields={"content-type": "text/event-stream"}, events=events)
+    provider, _ = server(response)
+    assert run(provider) == expected
+    assert response.closed
+    assert response.finalized
+    if DONE in events and not isinstance(expected[-1], tuple):
+        assert response.ended  # read to its end, so that its connection is used again
+
+
+def whole(text, reason="stop", **more):
+    message = {"role": "assistant", "content": text}
+    return json.dumps({"choices": [{"message": message, "finish_reason": reason}]} | more).encode()
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        (whole("hi there", usage=USAGE), ["hi there", COUNTED, STOP]),
+        (whole("hi", None), ["hi"]),
+        (whole(None, "tool_calls"), [{"finish_reason": "tool_calls"}]),
+        (b"{}", [BROKE_OFF]),
+        (b"\xff\xfe", [NONSENSE]),
+        (b'{"error": {"message": "no", "code": 404}}', [("rejected", "no", False, None)]),
+        (b" " * (providers.MAX_ANSWER + 1), [LOST]),
+    ],
+)
+def test_a_whole_answer(body, expected):
+    response = Response(fields={"content-type": "Application/JSON; charset=utf-8"}, body=body)
+    provider, _ = server(response)
+    assert run(provider) == expected
+    assert response.closed
+
+
+def refused(message):
+    return [("rejected", message, False, None)]
+
+
+def limited(seconds):
+    return [("rate_limited", "the model server's rate limit is reached", False, seconds)]
+
+
+def down(status, taken):
+    return [("upstream", f"the model server failed with status {status}", taken, None)]
+
+
+REDIRECT = [("upstream_auth", "the model server answered with a redirect, which is never followed", False, None)]
+
+
+@pytest.mark.parametrize(
+    ("status", "fields", "body", "expected"),
+    [
+        (400, {}, b'{"error": {"message": "bad field"}}', refused("bad field")),
+        (404, {}, b'{"error": "no such model"}', refused("no such model")),
+        (409, {}, b'{"message": "conflict"}', refused("conflict")),
+        (413, {}, b'{"detail": "too large"}', refused("too large")),
+        (422, {}, b'{"detail": [{"msg": "x"}]}', refused("the model server refused the request with status 422")),
+        (400, {}, b"<html>no</html>", refused("the model server refused the request with status 400")),
+        (400, {}, b'{"error": " <html>no</html>"}', refused("the model server refused the request with status 400")),
+        (400, {}, b'["no"]', refused("the model server refused the request with status 400")),
+        (400, {}, b" " * 70_000, refused("the model server refused the request with status 400")),
+        (400, {}, OSError("broke"), refused("the model server refused the request with status 400")),
+        (400, {}, json.dumps({"error": "x" * 600}).encode(), refused("x" * 500)),
+        (400, {}, b'{"error": "key sk-secret is\\r\\n bad"}', refused("key *** is bad")),
+        (401, {}, b'{"error": "your key sk-secret"}', [DENIED]),
+        (402, {}, b"", [DENIED]),
+        (403, {}, b"", [DENIED]),
+        (301, {"location": "http://elsewhere/"}, b"", REDIRECT),
+        (307, {}, b"", REDIRECT),
+        (429, {"retry-after": "7"}, b"", limited(7)),
+        (429, {"retry-after": "0"}, b'{"error": {"code": "insufficient_quota"}}', limited(1)),
+        (429, {"retry-after": "9" * 5000}, b"", limited(86_400)),
+        (429, {"retry-after": "soon"}, b"", limited(None)),
+        (429, {"retry-after": "Mon, 01 Jan 2001 00:00:00 GMT"}, b"", limited(1)),
+        (429, {}, b"", limited(None)),
+        (408, {}, b"", down(408, False)),
+        (500, {}, b'{"error": "inside"}', down(500, True)),
+        (502, {}, b"", down(502, True)),
+        (503, {"retry-after": "7"}, b"", down(503, False)),
+    ],
+)
+def test_a_status_that_is_no_success(status, fields, body, expected, caplog):
+    response = Response(status, fields, body=body)
+    provider, _ = server(response)
+    assert run(provider) == expected
+    assert response.closed
+    assert "sk-secret" not in caplog.text
+
+
+def test_retry_after_as_a_date():
+    text = email.utils.formatdate(time.time() + 100, usegmt=True)
+    assert 97 <= providers.retry_seconds(text) <= 101
+
+
+CUT_OFF = ("upstream", "the model server could not be reached", False, None)
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (ConnectionRefusedError(111, "refused"), CUT_OFF),
+        (socket.gaierror(-2, "unknown"), CUT_OFF),
+        (OSError(101, "unreachable"), CUT_OFF),
+        (OSError("Multiple exceptions: [Errno 111] ..."), CUT_OFF),
+        (ssl.SSLCertVerificationError(1, "self-signed"),
+         ("upstream", "the model server's certificate could not be verified", False, None)),
+        (ConnectionResetError(), LOST),
+        (TimeoutError(), LOST),
+    ],
+)  # fmt: skip
+def test_a_connection_that_fails(error, expected):
+    provider, _ = server(error)
+    assert run(provider) == [expected]
+
+
+def test_what_is_sent():
+    provider, requests = server(
+        Response(events=[DONE]), headers={"X-Extra": "1", "Authorization": "Basic x"}, timeoutSeconds=5
+    )
+    messages = [{"role": "user", "content": "caf\u00e9"}]
+    run(provider, turn(system="be kind", messages=messages, params={"temperature": 0.5}))
+    ((method, url, fields, body),) = requests
+    assert (method, url) == ("POST", "http://up/v1/chat/completions")
+    assert fields == {
+        "content-type": "application/json",
+        "accept": "text/event-stream, application/json",
+        "authorization": "Basic x",
+        "x-extra": "1",
+    }
+    assert body == {
+        "model": "m",
+        "messages": [{"role": "system", "content": "be kind"}, *messages],
+        "stream": True,
+        "stream_options": {"include_usage": True},
+        "temperature": 0.5,
+    }
+    provider, requests = server(Response(events=[DONE]), apiKey=None)
+    run(provider)
+    assert "authorization" not in requests[0][2]
+    assert requests[0][3]["messages"] == [{"role": "user", "content": "hello"}]
+    assert run(server(Response(400, body=b'{"error": "sk-secret"}'), apiKey="")[0]) == refused("sk-secret")
+
+
+@pytest.mark.parametrize(
+    ("answer", "items"),
+    [
+        (None, []),
+        (Response(events=[delta("a"), delta("b")], hang=True), ["a", "b"]),
+        (Response(fields={"content-type": "application/json"}, hang=True), []),
+        (Response(500, hang=True), []),
+    ],
+)
+def test_the_time_an_answer_may_take(answer, items):
+    provider, _ = server(answer, timeoutSeconds=0.05)
+    assert run(provider) == [*items, ("timeout", "the model server took too long", True, None)]
+    assert answer is None or answer.closed
+
+
+def test_time_that_is_enough_and_a_server_that_stays_after_done():
+    provider, _ = server(Response(events=[delta("a", "stop")]), timeoutSeconds=10)
+    assert run(provider) == ["a", STOP]
+    response = Response(events=[delta("a", "stop"), DONE], hang=True)
+    provider, _ = server(response)
+    assert run(provider) == ["a", STOP]
+    assert response.closed
+    assert not response.ended
+
+
+@pytest.mark.parametrize("cancel", [True, False])
+def test_a_cancel_closes_the_connection(cancel):
+    response = Response(events=[delta("a")], hang=True)
+    provider, _ = server(response)
+
+    async def main():
+        items = provider(turn())
+        assert await anext(items) == "a"
+        if cancel:
+            task = asyncio.ensure_future(anext(items))
+            await asyncio.sleep(0)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+        else:
+            await items.aclose()
+        assert response.closed
+        assert response.finalized
+
+    asyncio.run(main())
+
+
+def test_nothing_is_left(caplog):
+    caplog.set_level(logging.ERROR)
+    gc.collect()
+    assert not [thread for thread in threading.enumerate() if thread.name == "copepod-agent" and thread.is_alive()]
