@@ -1,0 +1,50 @@
+# `make run` needs Python alone. A target that needs more takes $(PYTHON) if that has it, else $(VENV), made on the way.
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+own := $(VENV)/bin/python
+which = $(shell $(PYTHON) -c 'import importlib.util as i, sys; sys.exit(not all(map(i.find_spec, sys.argv[1:])))' \
+	$(1) && echo $(PYTHON) || echo $(own))
+TEST := $(call which,json5 pytest)
+DEV := $(call which,json5 pytest coverage mypy openai ruff)
+
+.PHONY: help run test interop lint types cover check pyz clean
+
+help:  ## this list
+	@sed -n 's/^\([a-z]*\):.*##/\1\t/p' Makefile
+
+run:  ## serve with the built-in default and the endpoint on
+	$(PYTHON) gateway.py --set gateway.http.endpoints.chatCompletions.enabled=true $(ARGS)
+
+test: $(if $(filter $(own),$(TEST)),$(VENV)/test)  ## the tests; ARGS="-k word" picks some
+	@$(TEST) -W error -m pytest $(ARGS)
+
+interop: $(if $(filter $(own),$(DEV)),$(VENV)/dev)  ## the tests with real clients
+	@$(DEV) -W error -m pytest tests/interop $(ARGS)
+
+lint: $(if $(filter $(own),$(DEV)),$(VENV)/dev)  ## ruff
+	$(DEV) -m ruff check .
+
+types: $(if $(filter $(own),$(DEV)),$(VENV)/dev)  ## mypy --strict
+	$(DEV) -m mypy --strict *.py
+
+cover: $(if $(filter $(own),$(DEV)),$(VENV)/dev)  ## the tests, with the branches they take
+	$(DEV) -m coverage run -m pytest -W error $(ARGS)
+	$(DEV) -m coverage report
+
+check: lint types  ## lint, types, tests
+	@$(MAKE) --no-print-directory test TEST=$(DEV)
+
+pyz: $(if $(filter $(own),$(TEST)),$(VENV)/test)  ## dist/copepod.pyz: the program in one file
+	$(TEST) tests/make_pyz.py dist/copepod.pyz
+
+clean:  ## remove what was made
+	rm -rf $(VENV) .ci-venv-* build dist *.egg-info .coverage* .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+$(VENV)/test $(VENV)/dev: pyproject.toml
+	test -x $(own) || $(PYTHON) -m venv $(VENV)
+	$(own) -m pip install --quiet --editable '.[test$(if $(filter %dev,$@),$(comma)dev)]'
+	@touch $(VENV)/test $@
+
+comma := ,

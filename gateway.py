@@ -1,0 +1,665 @@
+"""The hub: the port, the loop of a connection, the routes, the wiring of the leaves, and the program itself."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import aclosing
+from typing import TYPE_CHECKING, Any, cast
+
+if TYPE_CHECKING:
+    import ssl
+    from argparse import Namespace
+
+if TYPE_CHECKING or not __package__:  # a checkout: the files lie beside this one
+    import auth
+    import chat_completions as chat
+    import cli
+    import commands
+    import config as configuration
+    import http1
+    import providers
+    import runs
+    import sessions
+    import settings
+    from chat_completions import APIError
+    from config import Config, ConfigError
+    from connection import Connection, now, raise_file_limit, room_for
+    from http1 import HTTPError
+else:  # installed or vendored: they are modules of this package
+    from . import auth, cli, commands, http1, providers, runs, sessions, settings
+    from . import chat_completions as chat
+    from . import config as configuration
+    from .chat_completions import APIError
+    from .config import Config, ConfigError
+    from .connection import Connection, now, raise_file_limit, room_for
+    from .http1 import HTTPError
+
+VERSION = "0.1.0"
+MAX_BODY = 1024 * 1024  # bytes; the family's own cap
+MAX_DISCARD = 64 * 1024  # bytes of a refused request's body that are read so that its connection can stay
+HEAD_SECONDS = 10.0
+BODY_SECONDS = 30.0
+SWEEP_SECONDS = 1.0
+STOP_SECONDS = 5.0  # for what was cancelled to end
+
+JSON = ("Content-Type", "application/json")
+STREAM = (
+    ("Content-Type", "text/event-stream; charset=utf-8"),
+    ("Cache-Control", "no-cache"),
+    ("X-Accel-Buffering", "no"),  # nginx would hold the words back
+)
+EXPOSED = ("Access-Control-Expose-Headers", "x-request-id, x-copepod-session-key, x-copepod-agent-id, retry-after")
+
+Events = AsyncIterator[runs.Event]
+
+log = logging.getLogger("copepod")
+
+
+class Exchange:
+    """One request and its answer."""
+
+    __slots__ = (
+        "agent", "client", "close", "connection", "fields", "id", "read", "request", "sent", "started", "status",
+    )  # fmt: skip
+
+    def __init__(self, connection: Connection) -> None:
+        self.connection = connection
+        self.request: http1.Request | None = None
+        self.id = f"req_{os.urandom(16).hex()}"
+        self.client = connection.peer
+        self.agent = "-"
+        self.fields: list[tuple[str, str]] = [("x-request-id", self.id)]
+        self.started = now()
+        self.status = 0  # as answered; 0: not yet
+        self.sent = 0  # bytes of the body
+        self.read = False  # the request's body was read to its end
+        self.close = False  # the connection ends with this answer
+
+    def head(self, status: int, fields: Sequence[tuple[str, str]]) -> bytes:
+        """Return the answer's head; from now on it counts as answered."""
+        self.status = status
+        if self.close or self.request is None or not self.request.keep_alive:
+            self.close = True
+            fields = (*fields, ("Connection", "close"))
+        return http1.head(status, (*fields, *self.fields))
+
+    def send(self, status: int, body: bytes, fields: Sequence[tuple[str, str]] = (JSON,)) -> bool:
+        """Answer with `body`, which is left out for HEAD. True: too much is unsent, drain first."""
+        length = () if status == 204 else (("Content-Length", str(len(body))),)
+        head = self.head(status, (*fields, *length))
+        if self.request is not None and self.request.method == "HEAD":
+            body = b""
+        self.sent = len(body)
+        return self.connection.write(head + body)
+
+    def refuse(self, error: APIError | HTTPError) -> None:
+        """Answer with an error: the one place where errors become bytes."""
+        if isinstance(error, HTTPError):  # the bytes that follow cannot be told apart from a request
+            self.close = True
+            type_ = "server_error" if error.status == 501 else "invalid_request_error"
+            error = APIError(error.status, error.message, type=type_)
+        elif not self.read and self.request is not None:
+            length = self.request.length
+            self.close |= self.request.expects_continue or (length is not None and length > MAX_DISCARD)
+        self.send(error.status, error.body(), (JSON, *error.fields))
+
+    def stream(self, events: bytes, last: bool = False) -> bool:
+        """Send a part of an event stream, before the first one the head. True: too much is unsent, drain first."""
+        head = b""
+        chunked = self.request is not None and self.request.minor > 0
+        if not self.status:
+            self.close |= not chunked  # RFC 9112 6.3: in HTTP/1.0 the end of the connection ends the body
+            head = self.head(200, (*STREAM, ("Transfer-Encoding", "chunked")) if chunked else STREAM)
+        self.sent += len(events)
+        if chunked:
+            events = http1.chunk(events) + http1.LAST_CHUNK if last else http1.chunk(events)
+        return self.connection.write(head + events)
+
+    async def body(self, request: http1.Request) -> bytes:
+        """Return the request's body. HTTPError: 400, 413."""
+        c = self.connection
+        c.deadline = now() + BODY_SECONDS
+        if request.expects_continue and not c.buffered and (request.length or 0) <= MAX_BODY:
+            c.write(http1.CONTINUE)
+        body = await http1.read_body(c.reader, request.length, MAX_BODY)
+        self.read = True
+        return body
+
+    async def discard(self) -> None:
+        """Read what is left of a refused request, so that the connection can stay. HTTPError: it is too much."""
+        if self.request is not None and not self.read and not self.close:
+            self.connection.deadline = now() + BODY_SECONDS
+            await http1.read_body(self.connection.reader, self.request.length, MAX_DISCARD)
+
+
+class House:
+    """What one configuration means: who may call, who answers. A reload builds another."""
+
+    def __init__(self, config: Config, agents: Mapping[str, Callable[..., Any]], request: Any) -> None:
+        self.config = config
+        limit = config.auth.rate_limit
+        self.gate = auth.Gate(
+            config.auth.mode,
+            config.auth.secret,
+            max_attempts=limit.max_attempts,
+            window_ms=limit.window_ms,
+            lockout_ms=limit.lockout_ms,
+            exempt_loopback=limit.exempt_loopback,
+            trusted=config.trusted_proxies,
+        )
+        self.directory = chat.Directory(config.agents, config.default_agent, config.brands)
+        made: dict[str, runs.Provider] = {}
+        self.providers: dict[str, list[tuple[str, str, runs.Provider]]] = {}
+        for agent in config.agents.values():
+            if agent.id in agents:
+                self.providers[agent.id] = [("python", "", providers.python_function(agents[agent.id]))]
+                continue
+            self.providers[agent.id] = []
+            for model in agent.models:
+                name, _, rest = model.partition("/")
+                if name not in made:
+                    made[name] = self._provider(name, request)
+                self.providers[agent.id].append((name, rest, made[name]))
+
+    def _provider(self, name: str, request: Any) -> runs.Provider:
+        provider = self.config.providers.get(name)
+        if provider is None:
+            return _unconfigured(name)
+        options = provider.options
+        try:
+            if provider.api == "python":
+                return providers.python_entry(options["entry"], options["folder"], _module_files())
+        except ValueError as e:
+            raise ConfigError([f"models.providers.{name}.entry: {e}"]) from e
+        if provider.api == "command":
+            return commands.command(options, self.config.used_variables)
+        if provider.api == "openai-completions":
+            return providers.openai_completions(options, request)
+        return providers.echo()
+
+
+def _unconfigured(name: str) -> runs.Provider:
+    async def provider(turn: dict[str, Any]) -> AsyncIterator[str | dict[str, Any]]:
+        raise runs.RunError("upstream", f"The model provider `{name}` is not configured (models.providers.{name}).")
+        yield ""  # makes this a generator
+
+    return provider
+
+
+def _module_files() -> list[str]:
+    folder = os.path.dirname(os.path.abspath(__file__))
+    if not os.path.isdir(folder):  # inside a zip
+        return []
+    return [os.path.join(folder, name) for name in os.listdir(folder) if name.endswith(".py")]
+
+
+class Gateway:
+    """A gateway of one configuration, for `async with`: it listens inside, on `port` (the real one).
+
+    `config` is a Config, a dict of the file's shape, or None for the built-in default; `agents` maps ids to functions
+    (see providers.python_function) that answer instead of a model. ConfigError: something is wrong with either.
+    """
+
+    def __init__(
+        self,
+        config: Config | Mapping[str, Any] | None = None,
+        agents: Mapping[str, Callable[..., Any]] | None = None,
+    ) -> None:
+        if not isinstance(config, Config):
+            # Another program's files are its own: without a word about it, sessions are kept in memory.
+            reading = _reading(os.environ)
+            config = configuration.build(reading.take(configuration.embedded(config or {}, agents or {})), reading)
+        self._agents = {name.lower(): function for name, function in (agents or {}).items()}
+        self._pool = http1.Pool()
+        self.house = House(config, self._agents, self._pool.request)
+        self.store = sessions.Store(config.store, config.max_messages)
+        self.runs = runs.Runs(config.max_concurrent, self.store.load, self.store.append)
+        self.created = int(time.time())
+        self.draining = self.ready = False
+        self.connections: set[Connection] = set()
+        self.port = 0
+        self.access_log: Callable[[dict[str, Any]], None] | None = None  # is given the fields of each answered request
+        self._server: asyncio.Server | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._max_connections = config.max_connections
+
+    @property
+    def url(self) -> str:
+        """The address to call, without a path."""
+        config = self.house.config
+        host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(config.bind, config.bind)  # noqa: S104
+        host = f"[{host}]" if ":" in host and not host.startswith("[") else host
+        return f"{'https' if config.tls else 'http'}://{host}:{self.port}"
+
+    async def __aenter__(self) -> Gateway:
+        await self.start()
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self.stop(0)
+
+    async def start(self) -> None:
+        """Open the store and listen. OSError, sessions.StoreError, ConfigError: what is in the way."""
+        config = self.house.config
+        self._max_connections = room_for(config.max_connections)
+        tls = _server_context(*config.tls) if config.tls else None
+        listening = asyncio.get_running_loop().create_server(
+            self._connection,
+            config.bind,
+            config.port,
+            ssl=tls,
+            ssl_handshake_timeout=HEAD_SECONDS if tls else None,
+            ssl_shutdown_timeout=2.0 if tls else None,  # asyncio would wait 30 s for a peer that says nothing
+            backlog=1024,
+            start_serving=False,
+        )
+        opening = self.store.open()  # in its thread, while the socket is made in this one
+        server, opened = await asyncio.gather(listening, opening, return_exceptions=True)
+        self._server = None if isinstance(server, BaseException) else server
+        if isinstance(server, BaseException) or isinstance(opened, BaseException):
+            await self.stop(0)
+            raise server if isinstance(server, BaseException) else cast(BaseException, opened)
+        await server.start_serving()
+        self.port = server.sockets[0].getsockname()[1]
+        self._sweep()
+        self.ready = True
+
+    async def stop(self, seconds: float) -> None:
+        """Refuse new runs, let those that are on finish for `seconds`, then close everything."""
+        self.draining = True
+        for c in [c for c in self.connections if c.task is None]:
+            c.transport.close()
+        until = now() + seconds
+        while (tasks := [c.task for c in self.connections if c.task is not None]) and (left := until - now()) > 0:
+            await asyncio.wait(tasks, timeout=left)
+        if self._server is not None:
+            self._server.close()
+        self.hurry()
+        if tasks := [c.task for c in self.connections if c.task is not None]:
+            await asyncio.wait(tasks, timeout=STOP_SECONDS)
+        connections = list(self.connections)
+        for c in connections:
+            c.transport.abort()
+        if self._timer is not None:
+            self._timer.cancel()
+        self._pool.close()
+        await self.store.close()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(STOP_SECONDS):
+                await asyncio.gather(*(c.writer.wait_closed() for c in connections), return_exceptions=True)
+
+    def hurry(self) -> None:
+        """End what `stop` still waits for."""
+        for c in self.connections:
+            if c.task is not None and not c.gone:  # who has left was cancelled then, and may be at its last work
+                c.task.cancel()
+
+    def reload(self, config: Config) -> None:
+        """Serve by another configuration from the next request on. Port, TLS and store stay. ConfigError."""
+        house = House(config, self._agents, self._pool.request)
+        if (config.auth, config.trusted_proxies) == (self.house.config.auth, self.house.config.trusted_proxies):
+            house.gate = self.house.gate  # with the failures that it remembers
+        self.house = house
+        self.runs.max_concurrent = config.max_concurrent
+
+    def _connection(self) -> Connection:
+        return Connection(
+            self._serve,
+            self.connections,
+            limit=http1.MAX_HEAD,
+            first_seconds=HEAD_SECONDS,
+            write_seconds=self.house.config.write_timeout_seconds,
+            room=self._max_connections,
+        )
+
+    def _sweep(self) -> None:
+        """Look at every deadline, once a second: cheaper than a timer for each wait."""
+        self._timer = asyncio.get_running_loop().call_later(SWEEP_SECONDS, self._sweep)
+        at = now()
+        for c in list(self.connections):
+            if c.deadline < at:
+                c.expire()
+            if c.on_tick is not None:
+                c.on_tick(at)
+        self.runs.sweep()
+        self._pool.sweep()
+
+    async def _serve(self, c: Connection) -> bool:
+        """Serve the requests of a connection until it is idle (True) or has to end (False)."""
+        while True:
+            x = Exchange(c)
+            x.close = self.draining or c.surplus
+            try:
+                c.deadline = now() + HEAD_SECONDS
+                x.request = await http1.read_head(c.reader)
+                if x.request is None:
+                    return False
+                try:
+                    await self._answer(x, x.request)
+                except APIError as e:
+                    x.refuse(e)
+                    await x.discard()
+            except HTTPError as e:
+                if not x.status:
+                    x.refuse(e)
+                x.close = True
+            except asyncio.CancelledError:
+                if c.gone:  # nobody is left to answer
+                    return False
+                task = asyncio.current_task()
+                if not c.expired or (task is not None and task.uncancel() > 0):
+                    raise
+                if not x.status:
+                    x.refuse(HTTPError(408, "The request took too long to arrive."))
+                x.close = True
+            except OSError:
+                return False
+            except Exception:
+                log.exception("%s failed", x.id)
+                if x.status:  # half an answer must not look like a whole one
+                    c.transport.abort()
+                    return False
+                x.close = True
+                x.refuse(APIError(500, "The gateway failed.", type="server_error"))
+            finally:
+                self._log(x)
+            if c.gone or (self.draining and not c.buffered):
+                return False
+            if x.close:
+                c.expired = False
+                await c.linger()
+                return False
+            if not c.buffered:
+                c.deadline = now() + self.house.config.keep_alive_seconds
+                return True
+
+    async def _answer(self, x: Exchange, request: http1.Request) -> None:
+        """Judge in the order of the contract, and answer. APIError, HTTPError: the refusal."""
+        house = self.house
+        if x.connection.surplus:
+            retry = [("Retry-After", "1")]
+            raise APIError(503, "Too many connections; try again later.", type="overloaded_error", fields=retry)
+        if self._check_sender(x, request, house):
+            return
+        fields = request.fields
+        if "upgrade" in fields and request.method == "GET" and "websocket" in http1.tokens(fields["upgrade"]):
+            raise APIError(501, "The WebSocket side is not here yet.", type="server_error")
+        path = request.path
+        if path == "/v1/chat/completions" and house.config.chat_completions:
+            self._check_method(request, "POST")
+            self._check_credential(x, request, house)
+            await self._chat(x, request, house)
+        elif (path == "/v1/models" or path.startswith("/v1/models/")) and house.config.chat_completions:
+            self._check_method(request, "GET", "HEAD")
+            self._check_credential(x, request, house)
+            self._models(x, path, house)
+        elif path in ("/healthz", "/readyz"):
+            self._check_method(request, "GET", "HEAD")
+            self._health(x, path)
+        elif path == "*":
+            x.send(204, b"", [("Allow", "GET, HEAD, POST, OPTIONS")])
+        else:
+            raise APIError(404, f"There is nothing at {path[:200]}.", type="not_found_error")
+
+    def _check_sender(self, x: Exchange, request: http1.Request, house: House) -> bool:
+        """Refuse a web page that may not call, and without auth all but this machine. True: a preflight, answered."""
+        fields, config = request.fields, house.config
+        peer = x.connection.peer
+        x.client = house.gate.client(peer, fields.get("x-forwarded-for"))
+        if config.auth.mode == "none" and (why := auth.stranger(peer, fields, request.host, config.allowed_hosts)):
+            raise APIError(403, why, type="permission_error")
+        origin = fields.get("origin")
+        if origin is None:
+            return False
+        if not auth.check_origin(origin, request.host, config.tls is not None, config.allowed_origins):
+            message = "Pages of this origin may not call (see gateway.http.allowedOrigins)."
+            raise APIError(403, message, type="permission_error")
+        x.fields += [("Access-Control-Allow-Origin", origin), ("Vary", "Origin"), EXPOSED]
+        if request.method != "OPTIONS" or "access-control-request-method" not in fields:
+            return False
+        asked = fields.get("access-control-request-headers")
+        x.fields += [("Access-Control-Allow-Headers", asked)] if asked else []
+        x.send(204, b"", [("Access-Control-Allow-Methods", "GET, HEAD, POST"), ("Access-Control-Max-Age", "600")])
+        return True
+
+    def _check_method(self, request: http1.Request, *allowed: str) -> None:
+        if request.method not in allowed:
+            names = ", ".join(allowed)
+            raise APIError(405, f"{request.path} answers {names} only.", fields=[("Allow", names)])
+
+    def _check_credential(self, x: Exchange, request: http1.Request, house: House) -> None:
+        fields = request.fields
+        verdict = house.gate.admit(auth.bearer(fields.get("authorization")), x.client, fields)
+        if not verdict.ok:
+            raise chat.credential_error(house.config.auth.mode, verdict.retry_after, verdict.missing)
+
+    def _health(self, x: Exchange, path: str) -> None:
+        if path == "/readyz" and (self.draining or not self.ready):
+            raise APIError(503, "The gateway is going down.", type="overloaded_error", fields=[("Retry-After", "1")])
+        x.send(200, b'{"status":"ok"}')
+
+    def _models(self, x: Exchange, path: str, house: House) -> None:
+        if path == "/v1/models":
+            x.send(200, chat.model_list(list(house.config.agents), self.created))
+            return
+        from urllib.parse import unquote
+
+        agent = house.directory.by_alias(unquote(path.removeprefix("/v1/models/")))
+        x.send(200, chat.model_object(agent, self.created))
+
+    async def _chat(self, x: Exchange, request: http1.Request, house: House) -> None:
+        body = await x.body(request)
+        call = chat.parse_request(body)
+        uuid = chat.new_uuid()
+        target = house.directory.resolve(call.model, call.user, request.fields, uuid)
+        x.agent = target.agent_id
+        x.fields += [
+            ("x-copepod-session-key", chat.printable(target.session_key)),
+            ("x-copepod-agent-id", target.agent_id),
+        ]
+        try:
+            run = self.accept(
+                house, target, call.message, call.messages, call.system, call.params, run_id=f"chatcmpl_{uuid}"
+            )
+        except runs.RunError as e:
+            raise chat.run_error(e.kind, str(e), e.retry_after, e.taken) from None
+        c = x.connection
+        c.watch()
+        try:
+            async with aclosing(self.runs.events(run)) as events:
+                if call.stream:
+                    await self._stream(x, call, run, events)
+                else:
+                    await self._complete(x, call, run, events)
+        finally:
+            self.runs.release(run)
+            c.unwatch()
+            c.on_tick = None
+
+    async def _complete(self, x: Exchange, call: chat.ChatRequest, run: runs.Run, events: Events) -> None:
+        async for kind, data in events:
+            if kind == "error":
+                raise chat.run_error(**data)
+        if x.send(200, chat.completion(run.id, call, "".join(run.answer), run.finish_reason, run.usage)):
+            await x.connection.drain()
+
+    async def _stream(self, x: Exchange, call: chat.ChatRequest, run: runs.Run, events: Events) -> None:
+        c = x.connection
+        stream = chat.EventStream(run.id, call, x.stream, c.transport.get_write_buffer_size, now)
+        c.on_tick = stream.tick
+        async for kind, data in events:
+            if stream.take(kind, data, run.usage):
+                await c.drain()
+
+    def accept(
+        self,
+        house: House,
+        target: chat.Target,
+        message: str,
+        messages: list[dict[str, Any]],
+        system: str = "",
+        params: Mapping[str, Any] | None = None,
+        timeout: float | None = None,
+        run_id: str = "",
+    ) -> runs.Run:
+        """Queue a turn: the one way into an agent, for every front. RunError: overloaded."""
+        if self.draining:
+            raise runs.RunError("overloaded", "The gateway is going down.")
+        agent = house.config.agents[target.agent_id]
+        run = runs.Run(
+            agent.id,
+            target.session_key,
+            message,
+            messages,
+            house.providers[agent.id],
+            system="\n\n".join(part for part in (agent.system_prompt, system) if part),
+            params={**agent.params, **(params or {})},
+            timeout=timeout or agent.timeout_seconds,
+            stored=target.stored,
+            run_id=run_id,
+        )
+        self.runs.accept(run)
+        return run
+
+    def _log(self, x: Exchange) -> None:
+        if self.access_log is not None and x.request is not None:
+            self.access_log(
+                {
+                    "id": x.id,
+                    "client": x.client,
+                    "method": x.request.method,
+                    "path": x.request.path[:100],
+                    "status": x.status,
+                    "bytes": x.sent,
+                    "ms": round((now() - x.started) * 1000, 1),
+                    "agent": x.agent,
+                }
+            )
+
+
+def _server_context(cert: str, key: str) -> ssl.SSLContext:
+    import ssl
+
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(cert, key)
+    return context
+
+
+# The program
+
+
+def load_config(path: str | None, environ: Mapping[str, str], overrides: Sequence[tuple[str, str]] = ()) -> Config:
+    """Return the Config of this file; None: of the one that is found, or the built-in default. ConfigError."""
+    reading = _reading(environ)
+    return configuration.build(reading.read(path, overrides), reading)
+
+
+def _reading(environ: Mapping[str, str]) -> settings.Settings:
+    return settings.Settings(environ, [brand.prefix for brand in configuration.BRANDS])
+
+
+def _load(options: Namespace) -> Config:
+    return load_config(options.config, os.environ, options.overrides)
+
+
+def _command_gateway(options: Namespace) -> int:
+    config = _load(options)
+    cli.set_logging(config.log_level, config.log_format)
+    for warning in config.warnings:
+        log.warning("%s", warning)
+    raise_file_limit()
+    return asyncio.run(_serve(config, options))
+
+
+async def _serve(config: Config, options: Namespace) -> int:
+    gateway = Gateway(config)
+    if config.log_level in ("info", "debug"):
+        gateway.access_log = cli.access_log(config.log_format)
+    loop, signalled = asyncio.get_running_loop(), asyncio.Event()
+
+    def stop() -> None:
+        if signalled.is_set():  # the second one: no more patience
+            gateway.hurry()
+        signalled.set()
+
+    def reload() -> None:
+        try:
+            gateway.reload(_load(options))
+            log.info("the configuration was read again")
+        except ConfigError as e:
+            for problem in e.problems:
+                log.error("the old configuration stays: %s", problem)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop)
+    loop.add_signal_handler(signal.SIGHUP, reload)
+    await gateway.start()
+    cli.say_ready(gateway.url, config.chat_completions, config.auth.mode)
+    await signalled.wait()
+    log.info("going down; what runs has %g seconds", config.drain_seconds)
+    await gateway.stop(config.drain_seconds)
+    return 0
+
+
+def _command_agent(options: Namespace) -> int:
+    config = _load(options)
+    cli.set_logging("error", config.log_format)
+    return asyncio.run(_run_here(config, options))
+
+
+async def _run_here(config: Config, options: Namespace) -> int:
+    """Run one turn in this process and print its words as they come."""
+    gateway = Gateway(config)
+    house = gateway.house
+    try:
+        await gateway.store.open()
+        agent = house.directory.agent(options.agent or config.default_agent)
+        fields = {"x-copepod-session-key": options.session_key or f"agent:{agent}:main"}
+        target = house.directory.resolve(f"agent:{agent}" if options.agent else "", "", fields, "")
+        message = options.message
+        run = gateway.accept(house, target, message, [{"role": "user", "content": message}], timeout=options.timeout)
+        async with aclosing(gateway.runs.events(run)) as events:
+            return await cli.print_run(events, lambda: runs.final(run), options.json)
+    except APIError as e:
+        cli.fail(e.message)
+        return 1
+    finally:
+        await gateway.stop(0)
+
+
+def _command_check(options: Namespace) -> int:
+    config = _load(options)
+    House(config, {}, None)  # entries of python providers are imported
+    for warning in config.warnings:
+        print(f"warning: {warning}")
+    print(f"{config.path or 'the built-in default'}: good")
+    return 0
+
+
+def _command_show(options: Namespace) -> int:
+    print(json.dumps(settings.mask(_load(options).tree), indent=2, ensure_ascii=False))
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program with `argv` (default: the process's own). Returns the exit status."""
+    commands_ = {
+        "gateway": _command_gateway,
+        "agent": _command_agent,
+        "config check": _command_check,
+        "config show": _command_show,
+    }
+    expected = (OSError, ConfigError, sessions.StoreError)
+    return cli.run(sys.argv[1:] if argv is None else argv, commands_, VERSION, expected)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

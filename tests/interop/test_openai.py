@@ -1,0 +1,197 @@
+"""OpenAI's own client for Python, against a gateway on a real port."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Iterable, Iterator
+from contextlib import closing
+from typing import Any
+
+import pytest
+
+import gateway
+
+openai = pytest.importorskip("openai")
+
+TOKEN = "a-token"  # noqa: S105
+BOUND = 20  # seconds
+HELLO: Any = [{"role": "user", "content": "one two three"}]
+
+left = threading.Event()  # the endless agent was ended
+
+
+async def words(message: str) -> AsyncIterator[str | dict[str, Any]]:
+    for word in message.split():
+        yield f"{word} "
+    yield {"usage": {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7}}
+
+
+async def breaks(message: str) -> AsyncIterator[str]:
+    yield "half an "
+    raise RuntimeError("secret of the inside")
+
+
+async def fails(message: str) -> AsyncIterator[str]:
+    raise RuntimeError("secret of the inside")
+    yield ""
+
+
+async def endless(message: str) -> AsyncIterator[str]:
+    try:
+        while True:
+            yield "more "
+            await asyncio.sleep(0.001)
+    finally:
+        left.set()
+
+
+@pytest.fixture
+def url() -> Iterator[str]:
+    """The address of a gateway that runs in a thread of its own."""
+    config = {
+        "gateway": {
+            "port": 0,
+            "auth": {"mode": "token", "token": TOKEN},
+            "http": {"endpoints": {"chatCompletions": {"enabled": True}}},
+        }
+    }
+    agents = {"main": words, "breaks": breaks, "fails": fails, "endless": endless}
+    ready = threading.Event()
+    seen: list[Any] = []
+
+    async def serve() -> None:
+        done = asyncio.Event()
+        async with gateway.Gateway(config, agents=agents) as hub:
+            seen.extend([f"{hub.url}/v1", asyncio.get_running_loop(), done])
+            ready.set()
+            await done.wait()
+
+    thread = threading.Thread(target=asyncio.run, args=(serve(),))
+    thread.start()
+    try:
+        assert ready.wait(BOUND)
+        yield seen[0]
+    finally:
+        seen[1].call_soon_threadsafe(seen[2].set)
+        thread.join(BOUND)
+    assert not thread.is_alive()
+
+
+@pytest.fixture
+def client(url: str) -> Iterator[Any]:
+    with openai.OpenAI(base_url=url, api_key=TOKEN, timeout=BOUND, max_retries=0) as client:
+        yield client
+
+
+def texts(chunks: Iterable[Any]) -> Iterator[str]:
+    return (chunk.choices[0].delta.content for chunk in chunks if chunk.choices and chunk.choices[0].delta.content)
+
+
+def test_a_whole_answer(client: Any) -> None:
+    answer = client.chat.completions.create(model="copepod:main", messages=HELLO)
+    assert answer.choices[0].message.content == "one two three "
+    assert answer.choices[0].message.role == "assistant"
+    assert answer.choices[0].finish_reason == "stop"
+    assert answer.model == "copepod:main"
+    assert answer.usage.total_tokens == 7
+    assert answer._request_id.startswith("req_")
+
+
+def test_a_stream(client: Any) -> None:
+    with client.chat.completions.create(model="copepod:main", messages=HELLO, stream=True) as stream:
+        chunks = list(stream)
+    assert list(texts(chunks)) == ["one ", "two ", "three "]
+    assert [chunk.choices[0].finish_reason for chunk in chunks] == [None] * 4 + ["stop"]
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert len({(chunk.id, chunk.created, chunk.model) for chunk in chunks}) == 1
+
+
+def test_a_stream_with_its_usage(client: Any) -> None:
+    asked = {"stream": True, "stream_options": {"include_usage": True}}
+    with client.chat.completions.create(model="copepod:main", messages=HELLO, **asked) as stream:
+        last = list(stream)[-1]
+    assert last.choices == []
+    assert (last.usage.prompt_tokens, last.usage.completion_tokens, last.usage.total_tokens) == (3, 4, 7)
+
+
+def test_the_stream_helper(client: Any) -> None:
+    with client.chat.completions.stream(model="copepod:main", messages=HELLO) as stream:
+        assert stream.get_final_completion().choices[0].message.content == "one two three "
+
+
+def test_a_wrong_key(client: Any) -> None:
+    with pytest.raises(openai.AuthenticationError) as caught:
+        client.with_options(api_key="wrong").chat.completions.create(model="copepod:main", messages=HELLO)
+    assert caught.value.code == "invalid_api_key"
+    assert caught.value.request_id.startswith("req_")
+
+
+def test_a_body_over_the_cap(client: Any) -> None:
+    with pytest.raises(openai.APIStatusError) as caught:
+        client.chat.completions.create(model="copepod:main", messages=[{"role": "user", "content": "x" * (3 << 19)}])
+    assert caught.value.status_code == 413
+
+
+def test_an_unknown_agent(client: Any) -> None:
+    with pytest.raises(openai.NotFoundError) as caught:
+        client.chat.completions.create(model="copepod:nobody", messages=HELLO)
+    assert caught.value.code == "model_not_found"
+
+
+def test_a_request_that_is_wrong_names_the_field(client: Any) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.chat.completions.create(model="copepod:main", messages=[])
+    assert caught.value.param == "messages"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_failure_before_the_first_word_is_a_status(client: Any, stream: bool) -> None:
+    with pytest.raises(openai.InternalServerError) as caught:
+        client.chat.completions.create(model="copepod:fails", messages=HELLO, stream=stream)
+    assert "secret" not in str(caught.value)
+
+
+def test_a_failure_amid_a_stream_is_raised(client: Any) -> None:
+    got: list[str] = []
+    stream = client.chat.completions.create(model="copepod:breaks", messages=HELLO, stream=True)
+    with closing(stream), pytest.raises(openai.APIError) as caught:
+        got.extend(texts(stream))
+    assert got == ["half an "]
+    assert "secret" not in str(caught.value)
+
+
+def test_the_models(client: Any) -> None:
+    assert [model.id for model in client.models.list()] == [
+        f"copepod:{name}" for name in ("main", "breaks", "fails", "endless")
+    ]
+    model = client.models.retrieve("copepod:main")
+    assert (model.id, model.object, model.owned_by) == ("copepod:main", "model", "copepod")
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("copepod:nobody")
+
+
+def test_a_client_that_leaves_a_stream_gets_its_next_answer(client: Any) -> None:
+    left.clear()
+    stream = client.chat.completions.create(model="copepod:endless", messages=HELLO, stream=True)
+    with closing(stream):
+        next(iter(stream))
+    assert left.wait(BOUND)
+    assert client.chat.completions.create(model="copepod:main", messages=HELLO).choices[0].message.content
+
+
+def test_the_client_for_asyncio(url: str) -> None:
+    async def main() -> None:
+        async with openai.AsyncOpenAI(base_url=url, api_key=TOKEN, timeout=BOUND, max_retries=0) as client:
+            create = client.chat.completions.create
+            answers = await asyncio.gather(*(create(model="copepod:main", messages=HELLO) for _ in range(20)))
+            assert {answer.choices[0].message.content for answer in answers} == {"one two three "}
+            stream = await create(model="copepod:main", messages=HELLO, stream=True)
+            assert list(texts([chunk async for chunk in stream])) == ["one ", "two ", "three "]
+            left.clear()
+            async with await create(model="copepod:endless", messages=HELLO, stream=True) as stream:
+                await anext(aiter(stream))
+            assert await asyncio.to_thread(left.wait, BOUND)
+            assert (await create(model="copepod:main", messages=HELLO)).choices[0].finish_reason == "stop"
+
+    asyncio.run(main())
