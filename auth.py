@@ -10,9 +10,11 @@ from _operator import _compare_digest  # what hmac.compare_digest is; hmac itsel
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
+from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
+    import hashlib
     from ipaddress import IPv4Network, IPv6Network
 
 MAX_CLIENTS = 10_000  # remembered clients, some 3 MiB when full; nginx's limit_req_zone holds 8,000 to 16,000 per MB
@@ -37,10 +39,15 @@ ADMITTED = Verdict(True, 0, False)
 
 def digest(secret: str) -> bytes:
     """The SHA-256 of the secret's UTF-8 bytes."""
+    # surrogatepass: a lone surrogate (from JSON or a strange environment) is a wrong secret and not a crash
+    return _sha256()(secret.encode("utf-8", "surrogatepass")).digest()
+
+
+@lru_cache(1)
+def _sha256() -> Callable[[bytes], hashlib._Hash]:
     from hashlib import sha256  # here: a gateway of mode none never needs it
 
-    # surrogatepass: a lone surrogate (from JSON or a strange environment) is a wrong secret and not a crash
-    return sha256(secret.encode("utf-8", "surrogatepass")).digest()
+    return sha256
 
 
 def same(given: str, expected_digest: bytes) -> bool:
@@ -49,8 +56,9 @@ def same(given: str, expected_digest: bytes) -> bool:
     Text that never was field bytes (from JSON, beyond Latin-1) is taken as it is. The time does not depend on where or
     by how much the two differ.
     """
-    with suppress(UnicodeError):
-        given = given.encode("latin-1").decode("utf-8")
+    if not given.isascii():
+        with suppress(UnicodeError):
+            given = given.encode("latin-1").decode("utf-8")
     return _compare_digest(digest(given), expected_digest)
 
 

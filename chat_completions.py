@@ -166,16 +166,16 @@ def parse_request(body: bytes) -> ChatRequest:
                 params[name] = value
     if isinstance(stop := fields.get("stop"), list) and any(not isinstance(item, str) for item in stop):
         _must("stop", "a string or an array of strings")
-    if any(not isinstance(tool, dict) for tool in fields.get("tools") or ()):
+    if (tools := fields.get("tools")) and any(not isinstance(tool, dict) for tool in tools):
         _must("tools", "an array of objects")
-    if fields.get("n") not in (None, 1) or fields.get("n") is True:
+    if "n" in fields and (fields["n"] not in (None, 1) or fields["n"] is True):
         _refuse("n", "`n` must be 1: one answer is given.")
     options = fields.get("stream_options") or {}
     if options.get("include_usage") is not None:
         _check("stream_options.include_usage", options["include_usage"], (bool,), "a boolean")
     user = fields.get("user")
     user = user if isinstance(user, str) else ""  # Open WebUI sends an object
-    if len(user.encode()) > MAX_KEY or _CONTROL.search(user):
+    if user and (len(user.encode()) > MAX_KEY or _CONTROL.search(user)):
         _refuse("user", f"`user` must have at most {MAX_KEY} bytes and no control characters.")
     system, messages, message = parse_messages(fields.get("messages"))
     stream, usage = bool(fields.get("stream")), bool(options.get("include_usage"))
@@ -196,7 +196,7 @@ def parse_messages(messages: object) -> tuple[str, list[dict[str, Any]], str]:
         if not isinstance(role, str):
             _must(f"messages[{n}].role", "a string")
         text = content if isinstance(content, str) else parse_content(content, f"messages[{n}].content")
-        if not isinstance(calls, list) or any(not isinstance(call, dict) for call in calls):
+        if calls and (not isinstance(calls, list) or any(not isinstance(call, dict) for call in calls)):
             _must(f"messages[{n}].tool_calls", "an array of objects")
         if role in ("system", "developer"):
             system += [text] if text else []
@@ -239,12 +239,15 @@ def parse_json(body: bytes) -> dict[str, Any]:
         text = body.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as e:
         _refuse(None, f"The body is not UTF-8 (at byte {e.start}).")
-    if not text.strip():
+    text = text.strip(" \t\r\n")  # RFC 8259 2: its white space
+    if not text:
         _refuse(None, "The body is empty; send a JSON object.")
     if "\\ud" in text or "\\uD" in text:  # a lone surrogate is no character: RFC 8259 8.2
         text = _ESCAPE.sub(lambda m: r"\ufffd" if len(m[0]) == 6 else m[0], text)
     try:
-        value = _decoder.decode(text)
+        value, end = _decoder.raw_decode(text)
+        if end != len(text):
+            raise json.JSONDecodeError("Extra data", text, end)
         if text.count("[") + text.count("{") > MAX_DEPTH:
             _check_depth(value)
     except json.JSONDecodeError as e:
@@ -314,6 +317,7 @@ class Directory:
         self._model = re.compile(rf"(?:({names})|(?:{names}|agent):(.*)|(?:{names})/(.*))", re.IGNORECASE | re.DOTALL)
         self._agent_fields = frozenset(f"x-{brand}-agent{end}" for brand in brands for end in ("-id", ""))
         self._key_fields = frozenset(f"x-{brand}-session-key" for brand in brands)
+        self._fields = self._agent_fields | self._key_fields
 
     def agent(self, agent_id: str) -> str:
         """Return the id of the configured agent that `agent_id` names. APIError: 404 lists those there are."""
@@ -348,10 +352,12 @@ class Directory:
 
         APIError: 400 (what it says contradicts itself), 404.
         """
-        agent_id = self._by_field(fields)
+        key, agent_id = "", None
+        if not self._fields.isdisjoint(fields):
+            key = self._one(fields, self._key_fields)
+            agent_id = self._by_field(fields)
         if agent_id is None:
             agent_id = self.by_model(model)
-        key = self._one(fields, self._key_fields)
         if not key:
             agent_id = agent_id or self.default
             if user:

@@ -164,14 +164,15 @@ def set_logging(level: str, form: str) -> None:
     logger.propagate = False
 
 
-def access_log(form: str) -> Callable[[dict[str, Any]], None]:
-    """Returns what writes the fields of an answered request to stderr, as a line of "text" or "json".
+def access_log(form: str) -> Callable[..., None]:
+    """Returns what writes a line of "text" or "json" to stderr for each answered request.
 
     The lines of one turn of the loop are written at once: a log that costs more than a request is turned off.
     """
     import asyncio
 
     lines: list[str] = []
+    second, clock = 0, ""
 
     def flush() -> None:
         text = "".join(lines)
@@ -180,13 +181,20 @@ def access_log(form: str) -> Callable[[dict[str, Any]], None]:
             sys.stderr.write(text)
             sys.stderr.flush()
 
-    def write(fields: dict[str, Any]) -> None:
+    def write(
+        request_id: str, client: str, method: str, path: str, status: int, sent: int, ms: float, agent: str
+    ) -> None:
+        nonlocal second, clock
         if not lines:
             asyncio.get_running_loop().call_soon(flush)
         if form == "json":
-            lines.append(json.dumps({"time": time.time(), **fields}) + "\n")
-        else:
-            lines.append(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {' '.join(map(str, fields.values()))}\n")
+            fields = {"time": time.time(), "id": request_id, "client": client, "method": method, "path": path}
+            fields |= {"status": status, "bytes": sent, "ms": round(ms, 1), "agent": agent}
+            lines.append(json.dumps(fields) + "\n")
+            return
+        if second != (now := int(time.time())):
+            second, clock = now, time.strftime("%Y-%m-%d %H:%M:%S")
+        lines.append(f"{clock} {request_id} {client} {method} {path} {status} {sent} {ms:.1f} {agent}\n")
 
     return write
 

@@ -226,7 +226,7 @@ class Gateway:
         self.draining = self.ready = False
         self.connections: set[Connection] = set()
         self.port = 0
-        self.access_log: Callable[[dict[str, Any]], None] | None = None  # is given the fields of each answered request
+        self.access_log: Callable[..., None] | None = None  # see cli.access_log
         self._server: asyncio.Server | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._max_connections = config.max_connections
@@ -466,20 +466,19 @@ class Gateway:
             ("x-copepod-agent-id", target.agent_id),
         ]
         try:
-            run = self.accept(
-                house, target, call.message, call.messages, call.system, call.params, run_id=f"chatcmpl_{uuid}"
-            )
+            ids = (f"chatcmpl_{uuid}", uuid)
+            run = self.accept(house, target, call.message, call.messages, call.system, call.params, ids)
         except runs.RunError as e:
             raise chat.run_error(e.kind, str(e), e.retry_after, e.taken) from None
-        c = x.connection
+        c, events = x.connection, self.runs.events(run)
         c.watch()
         try:
-            async with aclosing(self.runs.events(run)) as events:
-                if call.stream:
-                    await self._stream(x, call, run, events)
-                else:
-                    await self._complete(x, call, run, events)
+            if call.stream:
+                await self._stream(x, call, run, events)
+            else:
+                await self._complete(x, call, run, events)
         finally:
+            await events.aclose()
             self.runs.release(run)
             c.unwatch()
             c.on_tick = None
@@ -507,10 +506,13 @@ class Gateway:
         messages: list[dict[str, Any]],
         system: str = "",
         params: Mapping[str, Any] | None = None,
+        ids: tuple[str, str] = ("", ""),
         timeout: float | None = None,
-        run_id: str = "",
     ) -> runs.Run:
-        """Queue a turn: the one way into an agent, for every front. RunError: overloaded."""
+        """Queue a turn: the one way into an agent, for every front. RunError: overloaded.
+
+        `ids` are the run's and that of a session that is not kept; where they are empty, new ones are made.
+        """
         if self.draining:
             raise runs.RunError("overloaded", "The gateway is going down.")
         agent = house.config.agents[target.agent_id]
@@ -520,29 +522,20 @@ class Gateway:
             message,
             messages,
             house.providers[agent.id],
-            system="\n\n".join(part for part in (agent.system_prompt, system) if part),
-            params={**agent.params, **(params or {})},
+            system="\n\n".join(filter(None, (agent.system_prompt, system))),
+            params={**agent.params, **params} if params else agent.params,
             timeout=timeout or agent.timeout_seconds,
             stored=target.stored,
-            run_id=run_id,
+            run_id=ids[0],
+            session_id=ids[1],
         )
         self.runs.accept(run)
         return run
 
     def _log(self, x: Exchange) -> None:
         if self.access_log is not None and x.request is not None:
-            self.access_log(
-                {
-                    "id": x.id,
-                    "client": x.client,
-                    "method": x.request.method,
-                    "path": x.request.path[:100],
-                    "status": x.status,
-                    "bytes": x.sent,
-                    "ms": round((now() - x.started) * 1000, 1),
-                    "agent": x.agent,
-                }
-            )
+            ms = (now() - x.started) * 1000
+            self.access_log(x.id, x.client, x.request.method, x.request.path[:100], x.status, x.sent, ms, x.agent)
 
 
 def _server_context(cert: str, key: str) -> ssl.SSLContext:

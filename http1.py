@@ -10,8 +10,9 @@ import codecs
 import re
 import socket
 import time
-from collections.abc import AsyncGenerator, Iterable, Mapping
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from contextlib import aclosing
+from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -37,8 +38,8 @@ _TCHAR = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]"  # RFC 9110 5.6.2: tchar
 # RFC 9112 3: method SP request-target SP HTTP-version; a target has RFC 3986's characters, never a fragment
 _REQUEST_LINE = re.compile(rf"({_TCHAR}{{1,64}}) ([A-Za-z0-9\-._~:/?\[\]@!$&'()*+,;=%]+) HTTP/([0-9])\.([0-9])\r\n")
 # RFC 9112 5: field-name ":" OWS field-value OWS; the value has RFC 9110 5.5's VCHAR, obs-text, SP and HTAB
-_FIELD_LINE = re.compile(rf"({_TCHAR}++):([\t\x20-\x7e\x80-\xff]*+)\r\n")
-_FIELD_LINES = re.compile(rf"(?:{_TCHAR}++:[\t\x20-\x7e\x80-\xff]*+\r\n)*+")
+_FIELD_NAME = re.compile(rf"{_TCHAR}+")
+_FIELD_VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
 # RFC 9110 7.2: uri-host [ ":" port ]; of RFC 3986's reg-name the characters that a name in use can have
 _HOST = re.compile(r"((?:[A-Za-z0-9\-._~]|%[0-9A-Fa-f]{2})*|\[([0-9A-Fa-f:.]{2,45})\])(?::([0-9]{0,5}))?")
 # RFC 9112 3.2.2: absolute-form
@@ -85,6 +86,7 @@ class Request(NamedTuple):
     expects_continue: bool
 
 
+@lru_cache(64)  # clients repeat themselves
 def parse_request_line(line: bytes) -> tuple[str, str, int]:
     """Return method, request-target and minor version of `line`, its CRLF included. HTTPError: 400, 414, 505."""
     text = line.decode("latin-1")
@@ -105,18 +107,31 @@ def parse_request_line(line: bytes) -> tuple[str, str, int]:
 
 def parse_fields(block: bytes) -> dict[str, str]:
     """Return the fields of `block` (field lines, each with its CRLF). HTTPError: 400 names the line, 431."""
-    text = block.decode("latin-1")
-    if _FIELD_LINES.fullmatch(text) is None:
-        broken = next(n for n, line in enumerate(text.split("\r\n"), 1) if not _FIELD_LINE.fullmatch(line + "\r\n"))
-        raise HTTPError(400, f"Field line {broken} must read `field-name: value`, without fold or control characters.")
-    lines = _FIELD_LINE.findall(text)
+    *lines, end = block.decode("latin-1").split("\r\n")
+    if end:
+        raise _broken_line(len(lines) + 1)
     if len(lines) > MAX_FIELDS:
         raise HTTPError(431, f"The request has more than {MAX_FIELDS} fields.")
     fields: dict[str, str] = {}
-    for name, value in lines:
-        name, value = name.lower(), value.strip(" \t")
+    for n, line in enumerate(lines, 1):
+        name, colon, value = line.partition(":")
+        name = field_name(name)
+        # What is printable needs no second look; the others may have tabs and bytes beyond ASCII, and nothing else.
+        if not name or not colon or not (value.isprintable() or _FIELD_VALUE.fullmatch(value)):
+            raise _broken_line(n)
+        value = value.strip(" \t")
         fields[name] = f"{fields[name]}, {value}" if name in fields else value
     return fields
+
+
+@lru_cache(512)  # clients repeat themselves
+def field_name(name: str) -> str:
+    """Return a field's name in lower case, "" when it is no token (RFC 9110 section 5.1)."""
+    return name.lower() if _FIELD_NAME.fullmatch(name) else ""
+
+
+def _broken_line(n: int) -> HTTPError:
+    return HTTPError(400, f"Field line {n} must read `field-name: value` and CRLF, without fold or control characters.")
 
 
 def tokens(value: str) -> list[str]:
@@ -124,6 +139,7 @@ def tokens(value: str) -> list[str]:
     return [element for element in (part.strip(" \t").lower() for part in value.split(",")) if element]
 
 
+@lru_cache(64)
 def split_host(host: str) -> tuple[str, int | None] | None:
     """Return the lower-case name and the port (None: not given) of a Host field, None when it is malformed."""
     match = _HOST.fullmatch(host)
@@ -216,11 +232,11 @@ _date = (0, "Thu, 01 Jan 1970 00:00:00 GMT")  # the second that http_date last w
 
 def head(status: int, fields: Iterable[tuple[str, str]]) -> bytes:
     """Return the head of an answer: status line, Date and `fields`. ValueError: a field with CR, LF or NUL."""
-    return _join(f"HTTP/1.1 {status} {_REASONS.get(status, '')}", ("Date", http_date(time.time())), *fields)
+    return _join(f"HTTP/1.1 {status} {_REASONS.get(status, '')}", [("Date", http_date(time.time())), *fields])
 
 
-def _join(start: str, *fields: tuple[str, str]) -> bytes:
-    text = "\r\n".join([start, *(f"{name}: {value}" for name, value in fields)])
+def _join(start: str, fields: Sequence[tuple[str, str]]) -> bytes:
+    text = start + "".join([f"\r\n{name}: {value}" for name, value in fields])
     if text.count("\n") != len(fields) or text.count("\r") != len(fields) or "\0" in text:
         raise ValueError("a field with CR, LF or NUL is never written")  # it would end the line and begin another
     return f"{text}\r\n\r\n".encode("latin-1")
@@ -231,12 +247,25 @@ def chunk(data: bytes) -> bytes:
     return b"%x\r\n%b\r\n" % (len(data), data)
 
 
+def _whole_head(buffer: bytearray) -> tuple[int, int] | None:
+    """Return the length of the request line and of the head that has come whole, None where more is to be said."""
+    line = buffer.find(b"\n") + 1
+    if line < 3 or buffer[line - 2] != 13:
+        return None
+    end = buffer.find(b"\r\n\r\n", line - 2, MAX_HEAD) + 4
+    return (line, end) if end > 3 else None
+
+
 async def read_head(reader: asyncio.StreamReader) -> Request | None:
     """Return the next request's head, None at the end of the stream. HTTPError as parse_head.
 
     The reader's limit must be MAX_HEAD. The request line is read first, so that what is no HTTP is answered at once.
     """
     line = b"\r\n"
+    whole = _whole_head(reader._buffer)  # type: ignore[attr-defined]  # no public name shows what has come
+    if whole is not None:
+        data = await reader.readexactly(whole[1])
+        return parse_head(parse_request_line(data[: whole[0]]), data[whole[0] : -2])
     try:
         for _ in range(MAX_EMPTY_LINES):
             line = await reader.readuntil(b"\n")
@@ -247,7 +276,7 @@ async def read_head(reader: asyncio.StreamReader) -> Request | None:
         if block == b"\r\n":
             block = b""
         elif b"\r" in block or b"\n" in block:
-            raise HTTPError(400, "Field line 1 must read `field-name: value`, and end with CRLF.")
+            raise _broken_line(1)
         else:
             block += await reader.readuntil(b"\r\n\r\n")
     except asyncio.LimitOverrunError:
@@ -288,7 +317,8 @@ async def read_trailer(reader: asyncio.StreamReader) -> None:
     """Read the trailer fields and drop them (RFC 9112 section 7.1.2 allows it). HTTPError: 400, 431."""
     room = MAX_TRAILER
     while (line := await read_line(reader, MAX_TRAILER)) != "\r\n":
-        if _FIELD_LINE.fullmatch(line) is None:
+        name, colon, value = line.removesuffix("\r\n").partition(":")
+        if not field_name(name) or not colon or not _FIELD_VALUE.fullmatch(value):
             raise HTTPError(400, "A trailer line must read `field-name: value`.")
         room -= len(line)
         if room < 0:
@@ -440,7 +470,8 @@ class Pool:
             raise ValueError("not an http or https URL")
         scheme = match[1].lower()  # RFC 3986 3.1
         target = (match[3] or "/") + (f"?{match[4]}" if match[4] else "")
-        head = _join(f"{method} {target} HTTP/1.1", ("Host", match[2]), ("Content-Length", str(len(body))), *fields)
+        ours = [("Host", match[2]), ("Content-Length", str(len(body)))]
+        head = _join(f"{method} {target} HTTP/1.1", [*ours, *fields])
         link = await self._connect((scheme, host[0].strip("[]"), host[1] or {"http": 80, "https": 443}[scheme]))
         try:
             link.writer.write(head + body)

@@ -68,7 +68,8 @@ class ProviderError(Exception):
 def well_formed(text: str) -> str:
     """The text; a lone surrogate, which UTF-8 cannot carry, becomes U+FFFD."""
     try:
-        text.encode()
+        if not text.isascii():
+            text.encode()
     except UnicodeEncodeError:
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return text

@@ -21,6 +21,8 @@ Event = tuple[str, Any]
 # The events of a run, in this order; after "end" or "error" comes nothing:
 #   ("accepted", None) ("start", None) ("delta", text) ("tool", dict) ("usage", dict) ("end", finish_reason)
 #   ("error", {"kind", "message", "retry_after", "taken"})
+ACCEPTED: Event = ("accepted", None)
+START: Event = ("start", None)
 CANCELLED: Event = ("error", {"kind": "cancelled", "message": "The run was cancelled."})
 Provider = Callable[[dict[str, Any]], AsyncIterator[str | dict[str, Any]]]
 
@@ -44,9 +46,9 @@ class Run:
     """One turn of one agent in one session."""
 
     __slots__ = (
-        "agent_id", "answer", "cancels", "deadline", "ended_at", "expired", "finish_reason", "gate", "id", "iterator",
-        "lane", "placed", "provider", "providers", "room", "session_key", "spoken", "started_at", "stored", "task",
-        "turn", "usage",
+        "agent_id", "answer", "cancels", "deadline", "ended_at", "expired", "finish_reason", "gate", "id",
+        "iterator", "lane", "placed", "provider", "providers", "room", "session_key", "spoken", "started_at", "stored",
+        "task", "turn", "usage",
     )  # fmt: skip
 
     def __init__(
@@ -62,14 +64,16 @@ class Run:
         timeout: float,
         stored: bool,
         run_id: str = "",
+        session_id: str = "",
     ) -> None:
         self.id = run_id or _new_id()
+        session_id = session_id or _new_id()
         self.agent_id, self.session_key, self.providers, self.stored = agent_id, session_key, providers, stored
         self.turn: dict[str, Any] = {  # what a provider is given
             "run_id": self.id,
             "agent_id": agent_id,
             "session_key": session_key,
-            "session_id": _new_id(),  # a stored session has its own
+            "session_id": session_id,  # a stored session has its own
             "message": message,  # the text of the turn
             "messages": messages,  # the whole conversation, with it
             "system": system,
@@ -208,13 +212,13 @@ class Runs:
 
     def accept(self, run: Run) -> None:
         """Queue `run`; whoever does so takes its events, or releases it. RunError: overloaded."""
-        lane = self._lanes.get(run.lane)
-        if lane is not None and len(lane) > MAX_LANE:
-            raise RunError("overloaded", f"{MAX_LANE} messages already wait in this session; try again later.")
         if len(self._waiting) >= MAX_WAITING:
             raise RunError("overloaded", "The gateway is busy; try again later.")
+        lane = self._lanes.get(run.lane)
         if lane is None:
             lane = self._lanes[run.lane] = deque()
+        elif len(lane) > MAX_LANE:
+            raise RunError("overloaded", f"{MAX_LANE} messages already wait in this session; try again later.")
         lane.append(run)
         self.active.add(run)
         if len(lane) == 1:
@@ -272,12 +276,12 @@ class Runs:
     async def _events(self, run: Run) -> AsyncGenerator[Event, None]:
         run.task = asyncio.current_task()
         try:
-            self._tell(run, ("accepted", None))
+            self._tell(run, ACCEPTED)
             if not run.placed:
                 run.gate = asyncio.get_running_loop().create_future()
                 await run.gate
             run.started_at = time.time()
-            self._tell(run, ("start", None))
+            self._tell(run, START)
             new = await self._recall(run) if run.stored else None
             for n, (name, model, provider) in enumerate(run.providers, 1):
                 run.begin(name, model)
@@ -316,8 +320,9 @@ class Runs:
             self.release(run)
 
     def _tell(self, run: Run, event: Event) -> Event:
-        for observer in self.observers:
-            observer(run, event)
+        if self.observers:
+            for observer in self.observers:
+                observer(run, event)
         return event
 
     async def _recall(self, run: Run) -> Sequence[Message] | None:
@@ -336,9 +341,8 @@ class Runs:
 
     async def _keep(self, run: Run, messages: list[Message]) -> None:
         try:
-            await self._save(
-                *run.lane, run.turn["session_id"], messages, model=run.turn["model"], usage=run.usage
-            )
+            turn = run.turn
+            await self._save(*run.lane, turn["session_id"], messages, model=turn["model"], usage=run.usage)
             self.store_error = ""
         except Exception as e:
             self._lost("written", e)
