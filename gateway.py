@@ -478,8 +478,9 @@ class Gateway:
             else:
                 await self._complete(x, call, run, events)
         finally:
-            await events.aclose()
-            self.runs.release(run)
+            if run in self.runs.active:  # it was left before its end
+                await events.aclose()
+                self.runs.release(run)
             c.unwatch()
             c.on_tick = None
 

@@ -166,6 +166,7 @@ def python_function(function: Callable[..., object]) -> Provider:
             async for item in items:
                 if known := checked(item):
                     yield known
+            items = None  # at its end: there is nothing to close
         except ProviderError:
             raise
         except (Exception, SystemExit, asyncio.CancelledError) as error:
@@ -175,7 +176,8 @@ def python_function(function: Callable[..., object]) -> Provider:
             log.error("run %s: the agent failed", turn["run_id"], exc_info=error)
             raise ProviderError("internal", "the agent failed", taken=True) from None
         finally:
-            await close(items)
+            if items is not None:
+                await close(items)
 
     return provider
 

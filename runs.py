@@ -294,12 +294,11 @@ class Runs:
                         if run.expired:
                             raise run.timeout()
                     break
-                except Exception as e:
-                    if run.spoken or run.expired or n == len(run.providers):
+                except BaseException as e:  # whoever ends what has begun
+                    await _close(words)
+                    if not isinstance(e, Exception) or run.spoken or run.expired or n == len(run.providers):
                         raise
                     log.warning("run %s: model %d failed, trying the next: %s", run.id, n, failure(e)["message"])
-                finally:
-                    await _close(words)
             if new is not None:
                 await self._keep(run, [*new, {"role": "assistant", "content": "".join(run.answer)}])
             if run.usage:
