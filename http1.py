@@ -22,6 +22,7 @@ MAX_HEAD = 32 * 1024  # bytes of request line and fields; node 16 KiB, nginx 4 x
 MAX_FIELDS = 100  # Apache's LimitRequestFields
 MAX_TARGET = 8 * 1024  # RFC 9112 section 3 asks for 8,000 at least
 MAX_EMPTY_LINES = 16  # before a request line; RFC 9112 section 2.2 asks for one at least
+MAX_REPEATED = 256  # characters of a field line that is remembered
 MAX_CHUNK_LINE = 256  # a chunk size and its extensions
 MAX_CHUNK_EXTENSIONS = 16 * 1024  # of one body together; node's
 MAX_TRAILER = 8 * 1024
@@ -38,8 +39,7 @@ _TCHAR = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]"  # RFC 9110 5.6.2: tchar
 # RFC 9112 3: method SP request-target SP HTTP-version; a target has RFC 3986's characters, never a fragment
 _REQUEST_LINE = re.compile(rf"({_TCHAR}{{1,64}}) ([A-Za-z0-9\-._~:/?\[\]@!$&'()*+,;=%]+) HTTP/([0-9])\.([0-9])\r\n")
 # RFC 9112 5: field-name ":" OWS field-value OWS; the value has RFC 9110 5.5's VCHAR, obs-text, SP and HTAB
-_FIELD_NAME = re.compile(rf"{_TCHAR}+")
-_FIELD_VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
+_FIELD_LINE = re.compile(rf"({_TCHAR}+):([\t\x20-\x7e\x80-\xff]*)")
 # RFC 9110 7.2: uri-host [ ":" port ]; of RFC 3986's reg-name the characters that a name in use can have
 _HOST = re.compile(r"((?:[A-Za-z0-9\-._~]|%[0-9A-Fa-f]{2})*|\[([0-9A-Fa-f:.]{2,45})\])(?::([0-9]{0,5}))?")
 # RFC 9112 3.2.2: absolute-form
@@ -113,20 +113,18 @@ def parse_fields(block: bytes) -> dict[str, str]:
         raise HTTPError(431, f"The request has more than {MAX_FIELDS} fields.")
     fields: dict[str, str] = {}
     for n, line in enumerate(lines, 1):
-        name, colon, value = line.partition(":")
-        name = field_name(name)
-        # What is printable needs no second look; the others may have tabs and bytes beyond ASCII, and nothing else.
-        if not name or not colon or not (value.isprintable() or _FIELD_VALUE.fullmatch(value)):
+        name, value = parse_field(line) if len(line) < MAX_REPEATED else parse_field.__wrapped__(line)
+        if not name:
             raise _broken_line(n)
-        value = value.strip(" \t")
         fields[name] = f"{fields[name]}, {value}" if name in fields else value
     return fields
 
 
 @lru_cache(512)  # clients repeat themselves
-def field_name(name: str) -> str:
-    """Return a field's name in lower case, "" when it is no token (RFC 9110 section 5.1)."""
-    return name.lower() if _FIELD_NAME.fullmatch(name) else ""
+def parse_field(line: str) -> tuple[str, str]:
+    """Return the lower-case name and the value of a field line without its CRLF, two empty texts when it is broken."""
+    match = _FIELD_LINE.fullmatch(line)
+    return (match[1].lower(), match[2].strip(" \t")) if match else ("", "")
 
 
 def _broken_line(n: int) -> HTTPError:
@@ -316,8 +314,7 @@ async def read_trailer(reader: asyncio.StreamReader) -> None:
     """Read the trailer fields and drop them (RFC 9112 section 7.1.2 allows it). HTTPError: 400, 431."""
     room = MAX_TRAILER
     while (line := await read_line(reader, MAX_TRAILER)) != "\r\n":
-        name, colon, value = line.removesuffix("\r\n").partition(":")
-        if not field_name(name) or not colon or not _FIELD_VALUE.fullmatch(value):
+        if not parse_field.__wrapped__(line.removesuffix("\r\n"))[0]:
             raise HTTPError(400, "A trailer line must read `field-name: value`.")
         room -= len(line)
         if room < 0:

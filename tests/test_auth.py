@@ -417,5 +417,5 @@ def test_a_plain_start_imports_neither_ipaddress_nor_hmac() -> None:
         "print({'ipaddress', 'hmac', 'hashlib'} & set(sys.modules))"
     )
     root = Path(auth.__file__).parent
-    ran = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    ran = subprocess.run([sys.executable, "-S", "-c", code], cwd=root, capture_output=True, text=True, check=True)
     assert ran.stdout.strip() == "set()"

@@ -269,5 +269,5 @@ def test_importing_it_is_cheap() -> None:
 
     code = "import sys; sys.path.insert(0, sys.argv[1]); import cli; print('argparse' in sys.modules)"
     folder = os.path.dirname(os.path.abspath(cli.__file__))
-    done = subprocess.run([sys.executable, "-c", code, folder], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-S", "-c", code, folder], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
