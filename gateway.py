@@ -86,7 +86,10 @@ class Exchange:
     def head(self, status: int, fields: Sequence[tuple[str, str]]) -> bytes:
         """Return the answer's head; from now on it counts as answered."""
         self.status = status
-        if self.close or self.request is None or not self.request.keep_alive:
+        request = self.request
+        if request is not None and not self.read:  # a body that is left is read and dropped, if it is small
+            self.close |= request.expects_continue or (request.length or 0) > MAX_DISCARD
+        if self.close or request is None or not request.keep_alive:
             self.close = True
             fields = (*fields, ("Connection", "close"))
         return http1.head(status, (*fields, *self.fields))
@@ -106,9 +109,6 @@ class Exchange:
             self.close = True
             type_ = "server_error" if error.status == 501 else "invalid_request_error"
             error = APIError(error.status, error.message, type=type_)
-        elif not self.read and self.request is not None:
-            length = self.request.length
-            self.close |= self.request.expects_continue or (length is not None and length > MAX_DISCARD)
         self.send(error.status, error.body(), (JSON, *error.fields))
 
     def stream(self, events: bytes, last: bool = False) -> bool:
@@ -134,7 +134,7 @@ class Exchange:
         return body
 
     async def discard(self) -> None:
-        """Read what is left of a refused request, so that the connection can stay. HTTPError: it is too much."""
+        """Read what is left of an answered request, so that it is not taken for the next. HTTPError: it is too much."""
         if self.request is not None and not self.read and not self.close:
             self.connection.deadline = now() + BODY_SECONDS
             await http1.read_body(self.connection.reader, self.request.length, MAX_DISCARD)
@@ -346,7 +346,7 @@ class Gateway:
                     await self._answer(x, x.request)
                 except APIError as e:
                     x.refuse(e)
-                    await x.discard()
+                await x.discard()
             except HTTPError as e:
                 if not x.status:
                     x.refuse(e)
@@ -534,9 +534,9 @@ class Gateway:
         return run
 
     def _log(self, x: Exchange) -> None:
-        if self.access_log is not None and x.request is not None:
-            ms = (now() - x.started) * 1000
-            self.access_log(x.id, x.client, x.request.method, x.request.path[:100], x.status, x.sent, ms, x.agent)
+        if self.access_log is not None and (x.request is not None or x.status):
+            method, path = (x.request.method, x.request.path[:100]) if x.request is not None else ("-", "-")
+            self.access_log(x.id, x.client, method, path, x.status, x.sent, (now() - x.started) * 1000, x.agent)
 
 
 def _server_context(cert: str, key: str) -> ssl.SSLContext:

@@ -390,6 +390,39 @@ def test_early_refusals_and_their_bodies() -> None:
     run(main())
 
 
+@pytest.mark.parametrize(
+    ("method", "path", "fields", "status"),
+    [
+        ("GET", "/healthz", {}, 200),
+        ("HEAD", "/readyz", {}, 200),
+        ("GET", "/v1/models", BEARER, 200),
+        ("OPTIONS", "*", {}, 204),
+        ("OPTIONS", CHAT, {"Origin": "http://localhost", "Access-Control-Request-Method": "POST"}, 204),
+    ],
+)
+def test_a_body_that_nobody_asked_for_is_no_request(
+    method: str, path: str, fields: dict[str, str], status: int
+) -> None:
+    """RFC 9112 6.3: what Content-Length and chunked frame is body, whatever it reads like."""
+    hidden = b"GET /hidden HTTP/1.1\r\nHost: localhost\r\n\r\n"
+
+    async def main() -> None:
+        async with serving({**TOKEN, "gateway.http.allowedOrigins": ["http://localhost"]}) as hub:
+            for size, stays in ((1, True), (2000, False)):
+                async with await Client.open(hub.port) as client:
+                    answer = await client.ask(method, path, hidden * size, fields)
+                    assert answer.status == status
+                    assert answer.fields.get("connection") == (None if stays else "close")
+                    assert await client.usable() if stays else await client.ended()
+                async with await Client.open(hub.port) as client:
+                    client.send(method, path, None, {**fields, "Transfer-Encoding": "chunked"})
+                    client.write(chunked(hidden * size))
+                    assert (await client.answer()).status == status
+                    assert await client.usable() if stays else await client.ended()
+
+    run(main())
+
+
 def test_early_refusals_of_chunked_bodies() -> None:
     async def main() -> None:
         async with serving(TOKEN) as hub:
