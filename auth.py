@@ -118,6 +118,13 @@ def _within(packed: bytes, trusted: Collection[IPv4Network | IPv6Network]) -> bo
     return any(address in network for network in trusted)
 
 
+@lru_cache(256)  # a client has many connections
+def shortest(address: str) -> str:
+    """An address in its shortest form, an IPv4-mapped one as its IPv4; what is no address as it is."""
+    packed = _packed(address)
+    return address if packed is None else _text(packed)
+
+
 def client_address(peer: str, forwarded_for: str | None, trusted: Collection[IPv4Network | IPv6Network]) -> str:
     """The client's address in its shortest form: the peer, or behind trusted proxies the nearest one that is not ours.
 
@@ -295,6 +302,8 @@ class Gate:
 
     def client(self, peer: str, forwarded_for: str | None) -> str:
         """The client's address, as the trusted proxies tell it."""
+        if forwarded_for is None or not self._trusted:
+            return shortest(peer)
         return client_address(peer, forwarded_for, self._trusted)
 
     def admit(self, given: str | None, client: str, fields: Mapping[str, str]) -> Verdict:

@@ -6,7 +6,6 @@ Fields and shapes are those of https://platform.openai.com/docs/api-reference/ch
 from __future__ import annotations
 
 import json
-import os
 import re
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -119,9 +118,8 @@ class Target(NamedTuple):
     stored: bool
 
 
-def new_uuid() -> str:
-    """Return a random UUID (RFC 9562 section 5.4)."""
-    text = os.urandom(16).hex()
+def as_uuid(text: str) -> str:
+    """Return 32 random hexadecimal digits as a UUID (RFC 9562 section 5.4)."""
     return f"{text[:8]}-{text[8:12]}-4{text[13:16]}-8{text[17:20]}-{text[20:]}"
 
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 PROGRAM = "copepod"
 MAX_STDIN_BYTES = 1 << 20  # a message is no longer than the body of a request
 MAX_SECONDS = 604800  # a week, as in the configuration
+LOG_SECONDS = 0.1  # how long a line of the access log may wait for others
 INTERRUPTED = 130  # what a shell reports of a program that SIGINT ended
 
 
@@ -167,9 +168,10 @@ def set_logging(level: str, form: str) -> None:
 def access_log(form: str) -> Callable[..., None]:
     """Returns what writes a line of "text" or "json" to stderr for each answered request.
 
-    The lines of one turn of the loop are written at once: a log that costs more than a request is turned off.
+    The lines of a moment are written at once, since a write for each would cost a tenth of what an answer does.
     """
     import asyncio
+    import atexit
 
     lines: list[str] = []
     second, clock = 0, ""
@@ -181,12 +183,14 @@ def access_log(form: str) -> Callable[..., None]:
             sys.stderr.write(text)
             sys.stderr.flush()
 
+    atexit.register(flush)
+
     def write(
         request_id: str, client: str, method: str, path: str, status: int, sent: int, ms: float, agent: str
     ) -> None:
         nonlocal second, clock
         if not lines:
-            asyncio.get_running_loop().call_soon(flush)
+            asyncio.get_running_loop().call_later(LOG_SECONDS, flush)
         if form == "json":
             fields = {"time": time.time(), "id": request_id, "client": client, "method": method, "path": path}
             fields |= {"status": status, "bytes": sent, "ms": round(ms, 1), "agent": agent}

@@ -458,7 +458,7 @@ class Gateway:
     async def _chat(self, x: Exchange, request: http1.Request, house: House) -> None:
         body = await x.body(request)
         call = chat.parse_request(body)
-        uuid = chat.new_uuid()
+        uuid = chat.as_uuid(x.id[4:])  # so that the log's request and the client's completion have one number
         target = house.directory.resolve(call.model, call.user, request.fields, uuid)
         x.agent = target.agent_id
         x.fields += [

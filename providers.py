@@ -164,7 +164,10 @@ def python_function(function: Callable[..., object]) -> Provider:
             else:
                 items = in_thread(lambda: function(*arguments), slots)
             async for item in items:
-                if known := checked(item):
+                if item.__class__ is str and item.isascii():  # as nearly all are
+                    if item:
+                        yield item
+                elif known := checked(item):
                     yield known
             items = None  # at its end: there is nothing to close
         except ProviderError:

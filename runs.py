@@ -9,7 +9,7 @@ import time
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from types import AsyncGeneratorType
-from typing import Any, cast
+from typing import Any
 
 MAX_LANE = 32  # runs that wait behind the running one of their session
 MAX_WAITING = 1024  # runs that wait for a free place, all sessions together
@@ -270,8 +270,8 @@ class Runs:
         Its agent works while the next one is awaited, and not otherwise. Cancelling the task that takes them, or
         closing this iterator once it has begun, ends the run down to its last resource.
         """
-        run.iterator = cast("AsyncGeneratorType[Event, None]", self._events(run))
-        return run.iterator
+        run.iterator = self._events(run)  # type: ignore[assignment]  # typing has no ag_running
+        return run.iterator  # type: ignore[return-value]
 
     async def _events(self, run: Run) -> AsyncGenerator[Event, None]:
         run.task = asyncio.current_task()
@@ -315,7 +315,8 @@ class Runs:
         except Exception as e:
             yield self._tell(run, ("error", failure(run.timeout() if run.expired else e)))
         finally:
-            run.uncancel()
+            if run.cancels:
+                run.uncancel()
             self.release(run)
 
     def _tell(self, run: Run, event: Event) -> Event:

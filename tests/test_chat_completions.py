@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import re
 import time
+import uuid
 from collections.abc import Mapping
 from typing import Any
 
@@ -532,11 +532,10 @@ def test_text_of(value: str, expected: str) -> None:
     assert chat.text_of(value) == expected
 
 
-def test_new_uuid() -> None:
-    found = {chat.new_uuid() for _ in range(100)}
-    assert len(found) == 100
-    for uuid in found:
-        assert re.fullmatch(r"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}", uuid)
+def test_as_uuid() -> None:
+    text = chat.as_uuid("0123456789abcdef0123456789abcdef")
+    assert text == "01234567-89ab-4def-8123-456789abcdef"
+    assert (uuid.UUID(text).version, uuid.UUID(text).variant) == (4, uuid.RFC_4122)
 
 
 TEXTS = ["", "hi", 'a "b" \\ /', "é€😀", "line\nand\r\n\ttab", "\u2028\u2029\x85\x0b\x0c\x1c", "\0\x7f", "\ud800"]
