@@ -131,19 +131,20 @@ def client_address(peer: str, forwarded_for: str | None, trusted: Collection[IPv
     X-Forwarded-For is read right to left, each proxy having added what it saw; what stands left of an entry that
     cannot be read, or of one that is not trusted, is a stranger's word.
     """
+    if forwarded_for is None or not trusted:
+        return shortest(peer)
     client = _packed(peer)
-    if client is None:
-        return peer
-    if forwarded_for is not None and _within(client, trusted):
-        for entry in reversed(forwarded_for.split(",")):
-            entry = entry.strip(" \t")
-            split = _split(entry)  # None for a bare IPv6 address, whose colons are no port
-            hop = _packed(split[0].strip("[]") if split else entry)
-            if hop is None:
-                break
-            client = hop
-            if not _within(client, trusted):
-                break
+    if client is None or not _within(client, trusted):
+        return shortest(peer)
+    for entry in reversed(forwarded_for.split(",")):
+        entry = entry.strip(" \t")
+        split = _split(entry)  # None for a bare IPv6 address, whose colons are no port
+        hop = _packed(split[0].strip("[]") if split else entry)
+        if hop is None:
+            break
+        client = hop
+        if not _within(client, trusted):
+            break
     return _text(client)
 
 
@@ -302,8 +303,6 @@ class Gate:
 
     def client(self, peer: str, forwarded_for: str | None) -> str:
         """The client's address, as the trusted proxies tell it."""
-        if forwarded_for is None or not self._trusted:
-            return shortest(peer)
         return client_address(peer, forwarded_for, self._trusted)
 
     def admit(self, given: str | None, client: str, fields: Mapping[str, str]) -> Verdict:

@@ -366,6 +366,13 @@ class _Link(NamedTuple):
     reader: asyncio.StreamReader
     writer: asyncio.StreamWriter
 
+    def usable(self, since: float) -> bool:
+        """Whether it, idle `since` then, may be written to: not idle for long, and silent since its last answer.
+
+        One that the server has ended, or soon will, is not written to: a turn may act, so it is never sent twice.
+        """
+        return time.monotonic() - since < IDLE_SECONDS and self.silent()
+
     def silent(self) -> bool:
         """Whether the server has said nothing since its last answer, not even that it ends."""
         buffered = self.reader._buffer  # type: ignore[attr-defined]  # no public name tells it
@@ -508,8 +515,7 @@ class Pool:
         idle = self._idle.get(origin, [])
         while idle:
             since, link = idle.pop()
-            # One that the server has ended, or soon will, is not written to: a turn may act, so it is never sent twice.
-            if time.monotonic() - since < IDLE_SECONDS and link.silent():
+            if link.usable(since):
                 self._busy.add(link)
                 return link
             link.writer.transport.abort()
@@ -545,15 +551,12 @@ class Pool:
     def sweep(self) -> None:
         """Drop what was idle too long, or was ended by its server."""
         for origin, idle in list(self._idle.items()):
-            fresh = time.monotonic() - IDLE_SECONDS
-            keep = [(since, link) for since, link in idle if since > fresh and link.silent()]
-            for entry in idle:
-                if entry not in keep:
-                    entry[1].writer.transport.abort()
-            if keep:
-                self._idle[origin] = keep
-            else:
-                del self._idle[origin]
+            del self._idle[origin]
+            for since, link in idle:
+                if link.usable(since):
+                    self._idle.setdefault(origin, []).append((since, link))
+                else:
+                    link.writer.transport.abort()
 
     def close(self) -> None:
         """Drop every connection, those in use too."""

@@ -320,9 +320,8 @@ class Runs:
             self.release(run)
 
     def _tell(self, run: Run, event: Event) -> Event:
-        if self.observers:
-            for observer in self.observers:
-                observer(run, event)
+        for observer in self.observers:
+            observer(run, event)
         return event
 
     async def _recall(self, run: Run) -> Sequence[Message] | None:
