@@ -9,9 +9,13 @@ import os
 import re
 import struct
 from codecs import utf_8_decode
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import lru_cache
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ssl import SSLContext
 
 CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG = 0x0, 0x1, 0x2, 0x8, 0x9, 0xA
 
@@ -26,6 +30,7 @@ CHUNK = 64 * 1024  # bytes taken from the stream at once; asyncio's own default 
 
 _GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
 _KEY = re.compile(r"[A-Za-z0-9+/]{22}==")  # base64 (RFC 4648) of 16 bytes
+_STATUS_LINE = re.compile(r"HTTP/1\.[01] ([1-5][0-9]{2})(?: |$)")  # RFC 9112 4
 
 # 5.2: FIN and opcode. A reserved bit, a reserved opcode or a control frame in fragments is in none of these.
 _FIRST_BYTES = frozenset([0x00, 0x01, 0x02, 0x80, 0x81, 0x82, 0x88, 0x89, 0x8A])
@@ -167,6 +172,47 @@ def _utf8(data: bytes | bytearray, final: bool) -> tuple[str, int]:
         return utf_8_decode(data, "strict", final)
     except UnicodeDecodeError:
         raise WebSocketError(INVALID_DATA, "text is not UTF-8") from None
+
+
+async def connect(
+    host: str,
+    port: int,
+    target: str = "/",
+    *,
+    fields: Sequence[tuple[str, str]] = (),
+    tls: SSLContext | None = None,
+    max_message: int = MAX_MESSAGE,
+    on_activity: Callable[[], None] | None = None,
+) -> WebSocket:
+    """A connection opened as a client (4.1); the deadline is the caller's. Raises HandshakeError, OSError."""
+    reader, writer = await asyncio.open_connection(host, port, ssl=tls)
+    try:
+        key = client_key()
+        named = f"[{host}]" if ":" in host else host
+        lines = [f"{name}: {value}\r\n" for name, value in (("Host", f"{named}:{port}"), *request_fields(key), *fields)]
+        writer.write(f"GET {target} HTTP/1.1\r\n{''.join(lines)}\r\n".encode("latin-1"))
+        try:
+            head = await reader.readuntil(b"\r\n\r\n")
+        except (asyncio.IncompleteReadError, asyncio.LimitOverrunError):
+            raise HandshakeError(0, "the server's answer is not HTTP") from None
+        check_accept(key, *_parse_answer(head.decode("latin-1")))
+    except BaseException:
+        writer.transport.abort()
+        raise
+    return WebSocket(reader, writer, client=True, max_message=max_message, on_activity=on_activity)
+
+
+def _parse_answer(head: str) -> tuple[int, dict[str, str]]:
+    """The status and the fields of the answer to a handshake; several lines of one field joined by ", "."""
+    status_line, *lines = head.split("\r\n")
+    match = _STATUS_LINE.match(status_line)
+    if match is None:
+        raise HandshakeError(0, "the server's answer is not HTTP")
+    fields: dict[str, str] = {}
+    for name, _, value in (line.partition(":") for line in lines if line):
+        name, value = name.lower(), value.strip(" \t")
+        fields[name] = f"{fields[name]}, {value}" if name in fields else value
+    return int(match[1]), fields
 
 
 class WebSocket:

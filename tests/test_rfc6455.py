@@ -667,3 +667,56 @@ def test_reset_is_1006() -> None:
         await listener.wait_closed()
 
     run(reset)
+
+
+ANSWERS = [
+    ("a refusal", b"HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\n\r\n", 403, "answered 403"),
+    ("another accept", b"HTTP/1.1 101 x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\r\n", 101, "is wrong"),
+    ("not HTTP", b"SSH-2.0-x\r\n\r\n", 0, "not HTTP"),
+    ("nothing", b"", 0, "not HTTP"),
+    ("a head without end", b"HTTP/1.1 101 x\r\n" + b"a: b\r\n" * 20_000, 0, "not HTTP"),
+]
+
+
+@pytest.mark.parametrize(("about", "answer", "status", "message"), ANSWERS, ids=[row[0] for row in ANSWERS])
+def test_connect_refused(about: str, answer: bytes, status: int, message: str) -> None:
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(answer)
+        writer.close()
+
+    async def test() -> None:
+        async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
+            with pytest.raises(rfc6455.HandshakeError, match=message) as caught:
+                await rfc6455.connect("127.0.0.1", server.sockets[0].getsockname()[1])
+        assert caught.value.status == status
+
+    run(test)
+
+
+def test_connect() -> None:
+    heads: list[str] = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        request_line, *lines = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").splitlines()
+        heads.extend([request_line, *lines])
+        named = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines if line)}
+        fields = "".join(f"{name}: {value}\r\n" for name, value in rfc6455.accept("GET", named))
+        writer.write(f"HTTP/1.1 101 Switching Protocols\r\n{fields}\r\n".encode())
+        websocket = WebSocket(reader, writer)
+        while (message := await websocket.receive()) is not None:
+            await websocket.send(message)
+
+    async def test() -> None:
+        async with await asyncio.start_server(serve, "::1", 0) as server:
+            port = server.sockets[0].getsockname()[1]
+            websocket = await rfc6455.connect("::1", port, "/at", fields=[("Origin", "http://x")])
+            assert heads[0] == "GET /at HTTP/1.1"
+            assert {f"Host: [::1]:{port}", "Origin: http://x"} < set(heads)
+            await websocket.send("hello")
+            assert await websocket.receive() == "hello"
+            websocket.close()
+            assert await websocket.receive() is None
+            assert websocket.close_code == 1000
+
+    run(test)
