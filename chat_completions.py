@@ -31,6 +31,7 @@ ERRORS: dict[str, tuple[int, str, str | None]] = {
     "upstream_auth": (502, "upstream_auth_error", None),
     "overloaded": (503, "overloaded_error", None),
     "timeout": (504, "timeout_error", None),
+    "cancelled": (500, "server_error", "run_aborted"),  # by an operator
 }
 
 _AGENT_ID = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
@@ -129,7 +130,7 @@ def run_error(kind: str, message: str, retry_after: int | None, taken: bool) -> 
     fields: list[tuple[str, str]] = []
     if status in (429, 503):
         fields.append(("Retry-After", str(retry_after or 1)))
-    if status == 504 or kind == "upstream_auth" or (status in (500, 502) and taken):
+    if kind in ("timeout", "upstream_auth", "cancelled") or (status in (500, 502) and taken):
         fields.append(("x-should-retry", "false"))
     return APIError(status, message, type=type_, code=code, fields=fields)
 
@@ -159,7 +160,9 @@ def parse_request(body: bytes) -> ChatRequest:
     params = {}
     for name, value in fields.items():
         if name in _FIELDS and value is not None:  # null counts as absent
-            _check(name, value, *_FIELDS[name])
+            types, wanted = _FIELDS[name]
+            if type(value) not in types:
+                _must(name, wanted)
             if name not in _OURS:
                 params[name] = value
     if isinstance(stop := fields.get("stop"), list) and any(not isinstance(item, str) for item in stop):
@@ -169,8 +172,8 @@ def parse_request(body: bytes) -> ChatRequest:
     if "n" in fields and (fields["n"] not in (None, 1) or fields["n"] is True):
         _refuse("n", "`n` must be 1: one answer is given.")
     options = fields.get("stream_options") or {}
-    if options.get("include_usage") is not None:
-        _check("stream_options.include_usage", options["include_usage"], (bool,), "a boolean")
+    if options and not isinstance(options.get("include_usage"), bool | None):
+        _must("stream_options.include_usage", "a boolean")
     user = fields.get("user")
     user = user if isinstance(user, str) else ""  # Open WebUI sends an object
     if user and (len(user.encode()) > MAX_KEY or _CONTROL.search(user)):
@@ -200,9 +203,8 @@ def parse_messages(messages: object) -> tuple[str, list[dict[str, Any]], str]:
             system += [text] if text else []
         elif role in ("user", "assistant", "tool", "function") and (text or calls):
             kept: dict[str, Any] = {"role": "tool" if role == "function" else role, "content": text}
-            for key in ("name", "tool_call_id"):
-                if isinstance(entry.get(key), str):
-                    kept[key] = entry[key]
+            if len(entry) > 2:
+                kept |= {key: entry[key] for key in ("name", "tool_call_id") if isinstance(entry.get(key), str)}
             if calls and role == "assistant":
                 kept["tool_calls"] = calls
             conversation.append(kept)
@@ -240,7 +242,7 @@ def parse_json(body: bytes) -> dict[str, Any]:
     text = text.strip(" \t\r\n")  # RFC 8259 2: its white space
     if not text:
         _refuse(None, "The body is empty; send a JSON object.")
-    if "\\ud" in text or "\\uD" in text:  # a lone surrogate is no character: RFC 8259 8.2
+    if "\\u" in text:  # a lone surrogate is no character: RFC 8259 8.2
         text = _ESCAPE.sub(lambda m: r"\ufffd" if len(m[0]) == 6 else m[0], text)
     try:
         value, end = _decoder.raw_decode(text)
@@ -299,11 +301,6 @@ def _must(name: str, be: str) -> NoReturn:
     _refuse(name, f"`{name}` must be {be}.")
 
 
-def _check(name: str, value: object, types: tuple[type, ...], wanted: str) -> None:
-    if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):  # a bool is an int in Python
-        _must(name, wanted)
-
-
 
 
 class Directory:
@@ -311,6 +308,7 @@ class Directory:
 
     def __init__(self, agents: Collection[str], default: str, brands: Sequence[str]) -> None:
         self.agents, self.default = agents, default
+        self._brands = frozenset(brands)
         names = "|".join(brands)
         self._model = re.compile(rf"(?:({names})|(?:{names}|agent):(.*)|(?:{names})/(.*))", re.IGNORECASE | re.DOTALL)
         self._agent_fields = frozenset(f"x-{brand}-agent{end}" for brand in brands for end in ("-id", ""))
@@ -330,6 +328,8 @@ class Directory:
 
     def by_model(self, model: str) -> str | None:
         """Return the agent that `model` names, None where it names none. APIError: 404."""
+        if model in self._brands:
+            return None
         match = self._model.fullmatch(model.strip())
         if match is None or match[1] is not None:
             return None
@@ -417,6 +417,8 @@ def completion(run_id: str, call: ChatRequest, text: str, finish_reason: str, us
 
 
 def _usage(usage: Mapping[str, int]) -> str:
+    if not usage:
+        return '{"prompt_tokens":0,"completion_tokens":0,"total_tokens":0}'
     prompt, answer = usage.get("prompt_tokens", 0), usage.get("completion_tokens", 0)
     total = usage.get("total_tokens", prompt + answer)
     return f'{{"prompt_tokens":{prompt},"completion_tokens":{answer},"total_tokens":{total}}}'
@@ -454,23 +456,23 @@ class EventStream:
         elif now - self._last >= SILENCE_SECONDS and not self._unsent():
             self._write(KEEP_ALIVE)
 
-    def take(self, kind: str, data: Any, usage: Mapping[str, int]) -> bool:
-        """Send what an event of the run is here. True: the reader is slow. APIError: it failed before a word."""
+    def take(self, kind: str, data: Any) -> bool:
+        """Send what an event of the run is here, a word or that it has begun. True: the reader is slow."""
         if kind == "delta":  # ASCII, since some clients split lines at U+2028 and its like
             return self._write(f'{self._word}{encode_basestring_ascii(data)}}},"finish_reason":null}}]}}\n\n'.encode())
-        if kind == "tool":
-            return not self._begun and self._write(b"")
+        return not self._begun and self._write(b"")
+
+    def end(self, kind: str, data: Any, usage: Mapping[str, int]) -> bool:
+        """Send what the last event of the run is here. True: the reader is slow. APIError: it failed before a word."""
         if kind == "error":
             error = run_error(**data)
             if not self._begun:
                 raise error
             return self._write(b"data: " + error.body() + b"\n\n" + DONE, last=True)
-        if kind == "end":
-            finish = f'{self._start}{{"index":0,"delta":{{}},"finish_reason":"{data}"}}]}}\n\n'
-            if self._include_usage:
-                finish += f'{self._start}],"usage":{_usage(usage)}}}\n\n'
-            return self._write(finish.encode() + DONE, last=True)
-        return False
+        finish = f'{self._start}{{"index":0,"delta":{{}},"finish_reason":"{data}"}}]}}\n\n'
+        if self._include_usage:
+            finish += f'{self._start}],"usage":{_usage(usage)}}}\n\n'
+        return self._write(finish.encode() + DONE, last=True)
 
     def _write(self, events: bytes, last: bool = False) -> bool:
         self._last = self._clock()

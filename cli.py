@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from argparse import ArgumentParser, Namespace
+    from asyncio import TimerHandle
 
 PROGRAM = "copepod"
 MAX_STDIN_BYTES = 1 << 20  # a message is no longer than the body of a request
 MAX_SECONDS = 604800  # a week, as in the configuration
+QUIET_SECONDS = 2.0  # without a word, then the seconds are shown
 LOG_SECONDS = 0.1  # how long a line of the access log may wait for others
 INTERRUPTED = 130  # what a shell reports of a program that SIGINT ended
 
@@ -36,7 +39,16 @@ EVERYWHERE = (
     Option("--config", {"metavar": "FILE", "help": "else ./copepod.json5, ~/.copepod/copepod.json5"}),
     Option("--set", {"metavar": "PATH=VALUE", "action": "append", "default": [], "help": "set a key; may be repeated"}),
 )
-# A flag here is short for a key of the configuration, or for two.
+CALLING = (
+    Option("--url", {"metavar": "URL", "help": "the gateway (else the configuration's)"}),
+    Option("--token", {"metavar": "T", "help": "the token or password to call it with"}),
+)
+WAITING = (
+    Option("--timeout", {"metavar": "S", "type": float, "default": 30.0, "help": "seconds to wait (30)"}),
+    *CALLING,
+)
+AS_JSON = Option("--json", {"action": "store_true", "help": "print the payload as JSON"})
+# A flag of `gateway` is short for a key of the configuration, or for two.
 KEYS: dict[str, tuple[tuple[str, str | None], ...]] = {
     "port": (("gateway.port", None),),
     "bind": (("gateway.bind", None),),
@@ -56,16 +68,30 @@ COMMANDS = (
     Command(
         "agent",
         "run one turn and print its answer",
-        'copepod agent --local --message "What is a copepod?"',
+        'copepod agent --message "What is a copepod?"',
         (
             Option("--message", {"metavar": "TEXT", "required": True, "help": "what to say; - reads it from stdin"}),
             Option("--agent", {"metavar": "ID", "help": "who answers (else the default agent)"}),
             Option("--session-key", {"metavar": "KEY", "help": "the conversation to go on with"}),
+            Option("--session-id", {"metavar": "ID", "help": "the same, by its id"}),
             Option("--timeout", {"metavar": "S", "type": float, "help": "seconds until the run is ended"}),
-            Option("--json", {"action": "store_true", "help": "print the final payload as JSON"}),
-            Option("--local", {"action": "store_true", "required": True, "help": "in this process, without a gateway"}),
+            AS_JSON,
+            Option("--local", {"action": "store_true", "help": "in this process, without a gateway"}),
+            *CALLING,
         ),
     ),
+    Command(
+        "call",
+        "call a method of the gateway and print what it answers",
+        "copepod call sessions.list --params '{\"limit\": 5}'",
+        (
+            Option("method", {"metavar": "METHOD", "help": "such as health, agents.list, chat.history"}),
+            Option("--params", {"metavar": "JSON", "help": "what it gets, an object"}),
+            *WAITING,
+        ),
+    ),
+    Command("health", "say whether the gateway is well", "copepod health --json", (AS_JSON, *WAITING)),
+    Command("status", "say what the gateway does", "copepod status", (AS_JSON, *WAITING)),
     Command("config check", "say every mistake of the configuration", "copepod config check --config copepod.json5"),
     Command("config show", "print what is in effect, secrets as ***", "copepod config show --set gateway.port=0"),
 )
@@ -86,6 +112,8 @@ def run(
     The callable gets a Namespace with the command's flags, `config` (a path or None) and `overrides` (pairs of path and
     text). An exception of `expected` is printed line by line as an error (1), any other passes; wrong usage is 2.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):  # what the terminal cannot show must not end the answer
+        sys.stdout.reconfigure(errors="replace")
     try:
         options = _parse(argv, version)
         status = commands[options.command](options)
@@ -123,26 +151,105 @@ def say_ready(url: str, chat_completions: bool, mode: str) -> None:
     sys.stdout.flush()
 
 
-async def print_run(
-    events: AsyncIterator[tuple[str, Any]], final: Callable[[], dict[str, Any]], as_json: bool
-) -> int:
-    """Prints a run's text as it comes, or its last payload as JSON; returns the exit status."""
-    last = "\n"
-    error = None
-    async for kind, value in events:
-        if kind == "delta" and not as_json:
-            print(value, end="", flush=True)
-            last = value
-        elif kind == "error":
-            error = value["message"]
-    if not last.endswith("\n"):
-        print(flush=True)
-    if error is not None:
-        fail(error)
-        return 1
+class Answer:
+    """Prints an answer's words as they come, or its last payload as JSON; for `with`, in a running loop.
+
+    While none come, a terminal's stderr shows the seconds since the start, behind the words, and they are erased again.
+    """
+
+    def __init__(self, as_json: bool) -> None:
+        self._as_json = as_json
+        self._said: list[str] = []
+        self._shown = ""
+        self._timer: TimerHandle | None = None
+        self._started = self._heard = time.monotonic()
+
+    def __enter__(self) -> Answer:
+        if sys.stderr.isatty():
+            self._tick()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._show("")
+        self._end_line()
+
+    def take(self, kind: str, data: Any) -> bool:
+        """Print the words of a "delta"; never slow (False)."""
+        if kind == "delta" and data:
+            self._heard = time.monotonic()
+            self._show("")
+            if not self._as_json:
+                self._said.append(data)
+                print(data, end="", flush=True)
+        return False
+
+    def end(self, payload: Any) -> int:
+        """Print what is still missing of the last payload's text, or the payload; returns the exit status."""
+        self._show("")
+        if self._as_json:
+            print_payload(payload)
+        else:
+            said, parts = "".join(self._said), _at(payload, "result", "payloads") or []
+            text = "\n".join(filter(None, (_at(part, "text") for part in parts)))
+            if text.startswith(said):
+                self.take("delta", text[len(said) :])
+            elif text.rstrip() != said.rstrip():  # words were lost on the way
+                self.take("delta", f"\n{text}")
+            self._end_line()
+        if _at(payload, "result", "meta", "aborted"):
+            fail("the run was aborted")
+            return 1
+        return 0
+
+    def _end_line(self) -> None:
+        if self._said and not self._said[-1].endswith("\n"):
+            self._said.append("\n")
+            print(flush=True)
+
+    def _tick(self) -> None:
+        import asyncio
+
+        self._timer = asyncio.get_running_loop().call_later(1.0, self._tick)
+        now = time.monotonic()
+        if now - self._heard >= QUIET_SECONDS:
+            self._show(f"[{now - self._started:.0f} s]")
+
+    def _show(self, text: str) -> None:
+        """Write this over what is shown, and leave the cursor where it was."""
+        if text or self._shown:
+            over = text.ljust(len(self._shown))
+            print(over + "\b" * len(over), end="", file=sys.stderr, flush=True)
+            self._shown = text
+
+
+def print_health(address: str, hello: Any, payload: Any, as_json: bool) -> int:
+    """Prints what a gateway's greeting and its answer to `health` or `status` tell; returns the exit status."""
+    health = _at(hello, "snapshot", "health") if _at(payload, "ok") is None else payload
+    well = _at(health, "ok") is not False
+    minutes = (_at(hello, "snapshot", "uptimeMs") or 0) // 60_000
+    agents = _at(health, "agents") or []
+    runs = _at(payload, "runs") or {}
+    facts = {
+        "gateway": f"{address} is {'well' if well else 'not well'}",
+        "trouble": "; ".join(_at(health, "troubles") or []),
+        "version": f"{_at(hello, 'server', 'version') or 'unknown'}, up for {minutes // 60} h {minutes % 60} min",
+        "default": _at(hello, "snapshot", "sessionDefaults", "defaultAgentId"),
+        "agents": ", ".join(str(_at(agent, "agentId")) for agent in agents),
+        "sessions": sum(_at(agent, "sessions", "count") or 0 for agent in agents) if agents else "",
+        "runs": ", ".join(f"{number} {state}" for state, number in runs.items()),
+    }
     if as_json:
-        print(json.dumps(final(), indent=2, ensure_ascii=False))
-    return 0
+        print_payload(payload)
+    else:
+        print("\n".join(f"{name:<10}{fact}" for name, fact in facts.items() if fact not in ("", None)))
+    return 0 if well else 1
+
+
+def print_payload(payload: Any) -> None:
+    """Prints it as JSON."""
+    print(json.dumps(payload, indent=2, ensure_ascii=False))
 
 
 def set_logging(level: str, form: str) -> None:
@@ -210,7 +317,7 @@ def _parse(argv: Sequence[str], version: str) -> Namespace:
     options = _parser(version).parse_args(words)
     options.overrides = [_pair(text) for text in options.set]
     for flag, keys in KEYS.items():
-        given = getattr(options, flag, None)
+        given = getattr(options, flag) if options.command == "gateway" else None
         if given is not None:
             # As JSON, so that a token of digits stays a text.
             options.overrides += [(path, json.dumps(given if fixed is None else fixed)) for path, fixed in keys]
@@ -218,6 +325,10 @@ def _parse(argv: Sequence[str], version: str) -> Namespace:
         options.message = _stdin()
     if not getattr(options, "message", PROGRAM).strip():
         raise UsageError("the message is empty: say something with --message TEXT")
+    if options.command == "agent" and options.local and (options.url or options.token or options.session_id):
+        raise UsageError("--url, --token and --session-id are for a running gateway: leave --local out")
+    if options.command == "call":
+        options.params = _object(options.params or "{}")
     timeout = getattr(options, "timeout", None)
     if timeout is not None and not 0 < timeout <= MAX_SECONDS:
         raise UsageError(f"--timeout: must be a number of seconds from 0 to {MAX_SECONDS}")
@@ -229,6 +340,21 @@ def _pair(text: str) -> tuple[str, str]:
     if not path or not equals:
         raise UsageError(f"--set {text}: must be PATH=VALUE, such as --set gateway.port=0")
     return path, value
+
+
+def _object(text: str) -> dict[str, Any]:
+    with suppress(ValueError, RecursionError):
+        value = json.loads(text)
+        if isinstance(value, dict):
+            return value
+    raise UsageError("--params: must be a JSON object, such as '{\"limit\": 5}'")
+
+
+def _at(value: Any, *keys: str) -> Any:
+    """What stands under these keys, one within the other, None where there is nothing."""
+    for key in keys:
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
 
 
 def _stdin() -> str:

@@ -10,8 +10,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
@@ -24,22 +23,47 @@ if TYPE_CHECKING or not __package__:  # a checkout: the files lie beside this on
     import cli
     import commands
     import config as configuration
+    import control
+    import fanout
     import http1
+    import jobs
+    import pool
     import providers
+    import remote
+    import reports
+    import rfc6455
     import runs
+    import schema
     import sessions
     import settings
     from chat_completions import APIError
     from config import Config, ConfigError
-    from connection import Connection, now, raise_file_limit, room_for
+    from connection import FOREVER, Connection, now, raise_file_limit, room_for
     from http1 import HTTPError
 else:  # installed or vendored: they are modules of this package
-    from . import auth, cli, commands, http1, providers, runs, sessions, settings
+    from . import (
+        auth,
+        cli,
+        commands,
+        control,
+        fanout,
+        http1,
+        jobs,
+        pool,
+        providers,
+        remote,
+        reports,
+        rfc6455,
+        runs,
+        schema,
+        sessions,
+        settings,
+    )
     from . import chat_completions as chat
     from . import config as configuration
     from .chat_completions import APIError
     from .config import Config, ConfigError
-    from .connection import Connection, now, raise_file_limit, room_for
+    from .connection import FOREVER, Connection, now, raise_file_limit, room_for
     from .http1 import HTTPError
 
 VERSION = "0.1.0"
@@ -49,6 +73,7 @@ HEAD_SECONDS = 10.0
 BODY_SECONDS = 30.0
 SWEEP_SECONDS = 1.0
 STOP_SECONDS = 5.0  # for what was cancelled to end
+GOODBYE_SECONDS = 2.0  # for WebSocket clients to answer a close
 
 JSON = ("Content-Type", "application/json")
 STREAM = (
@@ -57,8 +82,6 @@ STREAM = (
     ("X-Accel-Buffering", "no"),  # nginx would hold the words back
 )
 EXPOSED = ("Access-Control-Expose-Headers", "x-request-id, x-copepod-session-key, x-copepod-agent-id, retry-after")
-
-Events = AsyncIterator[runs.Event]
 
 log = logging.getLogger("copepod")
 
@@ -83,7 +106,7 @@ class Exchange:
         self.read = False  # the request's body was read to its end
         self.close = False  # the connection ends with this answer
 
-    def head(self, status: int, fields: Sequence[tuple[str, str]]) -> bytes:
+    def head(self, status: int, fields: Iterable[tuple[str, str]]) -> bytes:
         """Return the answer's head; from now on it counts as answered."""
         self.status = status
         request = self.request
@@ -91,13 +114,14 @@ class Exchange:
             self.close |= request.expects_continue or (request.length or 0) > MAX_DISCARD
         if self.close or request is None or not request.keep_alive:
             self.close = True
-            fields = (*fields, ("Connection", "close"))
+            self.fields.append(("Connection", "close"))
         return http1.head(status, (*fields, *self.fields))
 
     def send(self, status: int, body: bytes, fields: Sequence[tuple[str, str]] = (JSON,)) -> bool:
         """Answer with `body`, which is left out for HEAD. True: too much is unsent, drain first."""
-        length = () if status == 204 else (("Content-Length", str(len(body))),)
-        head = self.head(status, (*fields, *length))
+        if status != 204:
+            self.fields.append(("Content-Length", str(len(body))))
+        head = self.head(status, fields)
         if self.request is not None and self.request.method == "HEAD":
             body = b""
         self.sent = len(body)
@@ -135,7 +159,7 @@ class Exchange:
 
     async def discard(self) -> None:
         """Read what is left of an answered request, so that it is not taken for the next. HTTPError: it is too much."""
-        if self.request is not None and not self.read and not self.close:
+        if self.request is not None and not self.close:
             self.connection.deadline = now() + BODY_SECONDS
             await http1.read_body(self.connection.reader, self.request.length, MAX_DISCARD)
 
@@ -201,6 +225,80 @@ def _module_files() -> list[str]:
     return [os.path.join(folder, name) for name in os.listdir(folder) if name.endswith(".py")]
 
 
+class Desk:
+    """What the gateway protocol's side sees of the gateway: its configuration as it is now, and its runs."""
+
+    version = VERSION
+
+    def __init__(self, gateway: Gateway) -> None:
+        self._gateway = gateway
+        self.store = gateway.store
+        self.store_name = os.path.basename(gateway.house.config.store)
+
+    @property
+    def _config(self) -> Config:
+        return self._gateway.house.config
+
+    @property
+    def mode(self) -> str:
+        return self._config.auth.mode
+
+    @property
+    def default_agent(self) -> str:
+        return self._config.default_agent
+
+    @property
+    def agents(self) -> dict[str, str]:
+        return {agent.id: agent.name if agent.name != agent.id else "" for agent in self._config.agents.values()}
+
+    @property
+    def models(self) -> list[dict[str, Any]]:
+        models = {model: model for agent in self._config.agents.values() for model in agent.models}
+        for name, provider in self._config.providers.items():
+            listed = provider.options.get("models") or ()
+            models |= {f"{name}/{model['id']}": model.get("name") or model["id"] for model in listed if "id" in model}
+        parts = ((model.partition("/"), name) for model, name in models.items())
+        return [{"id": rest or first, "name": name, "provider": first} for (first, _, rest), name in parts]
+
+    def admit(self, given: str | None, client: str, fields: Mapping[str, str]) -> auth.Verdict:
+        return self._gateway.house.gate.admit(given, client, fields)
+
+    def parse(self, message: str | bytes) -> dict[str, Any]:
+        try:
+            return chat.parse_json(message.encode() if isinstance(message, str) else message)
+        except APIError as e:
+            raise control.Refusal(control.INVALID, f"invalid request frame: {e.message}") from None
+
+    def accept(self, agent: str, key: str, message: str, *, system: str, run_id: str, timeout: float) -> runs.Run:
+        gateway, target = self._gateway, chat.Target(agent, key, True)
+        messages = [{"role": "user", "content": message}]
+        try:
+            return gateway.accept(gateway.house, target, message, messages, system, None, (run_id, ""), timeout or None)
+        except runs.RunError as e:
+            raise control.Refusal(**jobs.told(e.kind, str(e), e.retry_after)) from None
+
+    async def drive(self, run: runs.Run) -> dict[str, Any] | None:
+        kind, data = await self._gateway.runs.drive(run)
+        return data if kind == "error" else None
+
+    def stop(self, run: runs.Run, reason: str) -> None:
+        self._gateway.runs.stop(run, runs.RunError("cancelled", reason))
+
+    def active(self) -> list[runs.Run]:
+        return list(self._gateway.runs.active)
+
+    async def find(self, session_id: str) -> tuple[str, str] | None:
+        return await self.store.find(session_id)
+
+    def troubles(self) -> list[str]:
+        draining = ["the gateway is going down"] if self._gateway.draining else []
+        return draining + (["a session could not be stored"] if self._gateway.runs.store_error else [])
+
+    def config(self) -> dict[str, Any]:
+        masked: dict[str, Any] = settings.mask(self._config.tree)
+        return masked
+
+
 class Gateway:
     """A gateway of one configuration, for `async with`: it listens inside, on `port` (the real one).
 
@@ -218,13 +316,18 @@ class Gateway:
             reading = _reading(os.environ)
             config = configuration.build(reading.take(configuration.embedded(config or {}, agents or {})), reading)
         self._agents = {name.lower(): function for name, function in (agents or {}).items()}
-        self._pool = http1.Pool()
+        self._pool = pool.Pool(http1.format_request, http1.read_answer)
         self.house = House(config, self._agents, self._pool.request)
         self.store = sessions.Store(config.store, config.max_messages)
-        self.runs = runs.Runs(config.max_concurrent, self.store.load, self.store.append)
+        self.runs = runs.Runs(config.max_concurrent, self.store.load, self.store.append, providers.checked)
+        desk = Desk(self)
+        self.jobs = jobs.Jobs(desk.drive, self.runs.observers)
+        events = fanout.Fanout(self.runs.observers)
+        self.control = control.Control(desk, self.jobs, events, schema.problem, reports.Reports(desk).methods)
         self.created = int(time.time())
         self.draining = self.ready = False
         self.connections: set[Connection] = set()
+        self.upgraded: set[Connection] = set()  # those of them that are WebSockets
         self.port = 0
         self.access_log: Callable[..., None] | None = None  # see cli.access_log
         self._server: asyncio.Server | None = None
@@ -275,16 +378,23 @@ class Gateway:
     async def stop(self, seconds: float) -> None:
         """Refuse new runs, let those that are on finish for `seconds`, then close everything."""
         self.draining = True
+        self.control.announce("gateway stopping")
         for c in [c for c in self.connections if c.task is None]:
             c.transport.close()
         until = now() + seconds
-        while (tasks := [c.task for c in self.connections if c.task is not None]) and (left := until - now()) > 0:
-            await asyncio.wait(tasks, timeout=left)
+        while (busy := self._busy()) and (left := until - now()) > 0:
+            await asyncio.wait(busy, timeout=left)
         if self._server is not None:
             self._server.close()
-        self.hurry()
-        if tasks := [c.task for c in self.connections if c.task is not None]:
-            await asyncio.wait(tasks, timeout=STOP_SECONDS)
+        self._cancel(self.connections - self.upgraded)
+        if busy := self._busy():
+            await asyncio.wait(busy, timeout=STOP_SECONDS)
+        self.control.close()
+        for seconds in (GOODBYE_SECONDS, STOP_SECONDS):
+            if tasks := [c.task for c in self.upgraded if c.task is not None]:
+                await asyncio.wait(tasks, timeout=seconds)
+            for task in tasks:
+                task.cancel()
         connections = list(self.connections)
         for c in connections:
             c.transport.abort()
@@ -296,11 +406,22 @@ class Gateway:
             async with asyncio.timeout(STOP_SECONDS):
                 await asyncio.gather(*(c.writer.wait_closed() for c in connections), return_exceptions=True)
 
-    def hurry(self) -> None:
-        """End what `stop` still waits for."""
-        for c in self.connections:
+    def _busy(self) -> list[asyncio.Task[None]]:
+        """Return the tasks that answer a request or take a run to its end."""
+        requests = (c.task for c in self.connections - self.upgraded if c.task is not None)
+        return [*requests, *self.jobs.tasks]
+
+    def _cancel(self, connections: set[Connection]) -> None:
+        for c in connections:
             if c.task is not None and not c.gone:  # who has left was cancelled then, and may be at its last work
                 c.task.cancel()
+        for task in self.jobs.tasks:
+            task.cancel()
+
+    def hurry(self) -> None:
+        """End what `stop` still waits for."""
+        self.control.close()
+        self._cancel(self.connections)
 
     def reload(self, config: Config) -> None:
         """Serve by another configuration from the next request on. Port, TLS and store stay. ConfigError."""
@@ -330,6 +451,8 @@ class Gateway:
             if c.on_tick is not None:
                 c.on_tick(at)
         self.runs.sweep()
+        self.jobs.sweep(at)
+        self.control.tick(at)
         self._pool.sweep()
 
     async def _serve(self, c: Connection) -> bool:
@@ -346,7 +469,8 @@ class Gateway:
                     await self._answer(x, x.request)
                 except APIError as e:
                     x.refuse(e)
-                await x.discard()
+                if not x.read:
+                    await x.discard()
             except HTTPError as e:
                 if not x.status:
                     x.refuse(e)
@@ -390,8 +514,9 @@ class Gateway:
         if self._check_sender(x, request, house):
             return
         fields = request.fields
-        if "upgrade" in fields and request.method == "GET" and "websocket" in http1.tokens(fields["upgrade"]):
-            raise APIError(501, "The WebSocket side is not here yet.", type="server_error")
+        if "upgrade" in fields and self._wants_websocket(request):
+            await self._upgrade(x, request)
+            return
         path = request.path
         if path == "/v1/chat/completions" and house.config.chat_completions:
             self._check_method(request, "POST")
@@ -430,6 +555,33 @@ class Gateway:
         x.send(204, b"", [("Access-Control-Allow-Methods", "GET, HEAD, POST"), ("Access-Control-Max-Age", "600")])
         return True
 
+    def _wants_websocket(self, request: http1.Request) -> bool:
+        # RFC 9110 7.8: an Upgrade in HTTP/1.0 is ignored, and so may any other be.
+        return request.method == "GET" and request.minor > 0 and "websocket" in http1.tokens(request.fields["upgrade"])
+
+    async def _upgrade(self, x: Exchange, request: http1.Request) -> None:
+        """Make the connection a WebSocket, and serve its client to the end. APIError."""
+        if self.draining:
+            retry = [("Retry-After", "1")]
+            raise APIError(503, "The gateway is going down.", type="overloaded_error", fields=retry)
+        try:
+            fields = rfc6455.accept(request.method, request.fields)
+        except rfc6455.HandshakeError as e:
+            raise APIError(e.status, f"{e.message}.", fields=e.fields) from None
+        c = x.connection
+        x.read = True
+        c.write(x.head(101, fields))
+        c.deadline = FOREVER  # from now on control.tick looks after it
+        websocket = rfc6455.WebSocket(
+            c.reader, c.writer, max_message=control.MAX_PAYLOAD, max_buffered=control.MAX_BUFFERED
+        )
+        self.upgraded.add(c)
+        try:
+            await self.control.serve(websocket, x.client, request.fields)
+        finally:
+            self.upgraded.discard(c)
+            x.close = True
+
     def _check_method(self, request: http1.Request, *allowed: str) -> None:
         if request.method not in allowed:
             names = ", ".join(allowed)
@@ -465,39 +617,32 @@ class Gateway:
             ("x-copepod-session-key", chat.printable(target.session_key)),
             ("x-copepod-agent-id", target.agent_id),
         ]
+        c = x.connection
+        c.watch()
         try:
             ids = (f"chatcmpl_{uuid}", uuid)
             run = self.accept(house, target, call.message, call.messages, call.system, call.params, ids)
+            await (self._stream if call.stream else self._complete)(x, call, run)
         except runs.RunError as e:
             raise chat.run_error(e.kind, str(e), e.retry_after, e.taken) from None
-        c, events = x.connection, self.runs.events(run)
-        c.watch()
-        try:
-            if call.stream:
-                await self._stream(x, call, run, events)
-            else:
-                await self._complete(x, call, run, events)
         finally:
-            if run in self.runs.active:  # it was left before its end
-                await events.aclose()
-                self.runs.release(run)
             c.unwatch()
             c.on_tick = None
 
-    async def _complete(self, x: Exchange, call: chat.ChatRequest, run: runs.Run, events: Events) -> None:
-        async for kind, data in events:
-            if kind == "error":
-                raise chat.run_error(**data)
-        if x.send(200, chat.completion(run.id, call, "".join(run.answer), run.finish_reason, run.usage)):
+    async def _complete(self, x: Exchange, call: chat.ChatRequest, run: runs.Run) -> None:
+        kind, data = await self.runs.drive(run)
+        if kind == "error":
+            raise chat.run_error(**data)
+        if x.send(200, chat.completion(run.id, call, "".join(run.answer), data, run.usage)):
             await x.connection.drain()
 
-    async def _stream(self, x: Exchange, call: chat.ChatRequest, run: runs.Run, events: Events) -> None:
+    async def _stream(self, x: Exchange, call: chat.ChatRequest, run: runs.Run) -> None:
         c = x.connection
         stream = chat.EventStream(run.id, call, x.stream, c.transport.get_write_buffer_size, now)
         c.on_tick = stream.tick
-        async for kind, data in events:
-            if stream.take(kind, data, run.usage):
-                await c.drain()
+        kind, data = await self.runs.drive(run, stream.take, c.drain)
+        if stream.end(kind, data, run.usage):
+            await c.drain()
 
     def accept(
         self,
@@ -517,13 +662,14 @@ class Gateway:
         if self.draining:
             raise runs.RunError("overloaded", "The gateway is going down.")
         agent = house.config.agents[target.agent_id]
+        prompt = agent.system_prompt
         run = runs.Run(
             agent.id,
             target.session_key,
             message,
             messages,
             house.providers[agent.id],
-            system="\n\n".join(filter(None, (agent.system_prompt, system))),
+            system=f"{prompt}\n\n{system}" if prompt and system else prompt or system,
             params={**agent.params, **params} if params else agent.params,
             timeout=timeout or agent.timeout_seconds,
             stored=target.stored,
@@ -606,7 +752,7 @@ async def _serve(config: Config, options: Namespace) -> int:
 def _command_agent(options: Namespace) -> int:
     config = _load(options)
     cli.set_logging("error", config.log_format)
-    return asyncio.run(_run_here(config, options))
+    return asyncio.run((_run_here if options.local else _run_there)(config, options))
 
 
 async def _run_here(config: Config, options: Namespace) -> int:
@@ -620,13 +766,81 @@ async def _run_here(config: Config, options: Namespace) -> int:
         target = house.directory.resolve(f"agent:{agent}" if options.agent else "", "", fields, "")
         message = options.message
         run = gateway.accept(house, target, message, [{"role": "user", "content": message}], timeout=options.timeout)
-        async with aclosing(gateway.runs.events(run)) as events:
-            return await cli.print_run(events, lambda: runs.final(run), options.json)
-    except APIError as e:
-        cli.fail(e.message)
-        return 1
+        with cli.Answer(options.json) as answer:
+            kind, data = await gateway.runs.drive(run, answer.take)
+            if kind == "error":
+                raise runs.RunError(data["kind"], data["message"])
+            return answer.end(jobs.final(run))
     finally:
         await gateway.stop(0)
+
+
+async def _run_there(config: Config, options: Namespace) -> int:
+    """Run one turn in the running gateway and print its words as they come."""
+    given = {
+        "message": options.message,
+        "agentId": options.agent,
+        "sessionKey": options.session_key,
+        "sessionId": options.session_id,
+        "timeout": options.timeout,
+    }
+    with cli.Answer(options.json) as answer:
+        async with _remote(config, options) as there:
+            return answer.end(await there.run({k: v for k, v in given.items() if v is not None}, answer.take))
+
+
+def _remote(config: Config, options: Namespace) -> remote.Remote:
+    """Return what calls the gateway of --url, else that of the configuration."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.bind, config.bind)  # noqa: S104
+    address, tls = remote.Address(host, config.port, "/", config.tls is not None), config.tls
+    if options.url is not None:
+        try:
+            address, tls = remote.parse_url(options.url), None
+        except ValueError:
+            raise cli.UsageError(f"--url {options.url}: must be an address such as ws://127.0.0.1:18789") from None
+    elif not config.port:
+        raise cli.UsageError("gateway.port is 0, so where it listens is not known: give --url")
+    names = {"token": options.token, "password": options.token} if options.token else {}
+    secret = names or ({config.auth.mode: config.auth.secret} if config.auth.secret else {})
+
+    async def open_(heard: Callable[[], None]) -> rfc6455.WebSocket:
+        context = _client_context(tls and tls[0]) if address.tls else None
+        where, limit = address[:3], remote.MAX_MESSAGE
+        return await rfc6455.connect(*where, tls=context, max_message=limit, on_activity=heard)
+
+    return remote.Remote(address, open_, rfc6455.HandshakeError, VERSION, secret)
+
+
+def _client_context(cert: str | None) -> ssl.SSLContext:
+    """Return what trusts the first certificate of this file and no other; None: the system's authorities."""
+    import ssl
+
+    if cert is None:
+        return ssl.create_default_context()
+    end = "-----END CERTIFICATE-----"
+    with open(cert, encoding="latin-1") as file:
+        own = file.read().partition(end)[0] + end
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False  # whoever has its key is ours, by whatever name we call
+    context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # it need not have signed itself
+    context.load_verify_locations(cadata=own)
+    return context
+
+
+async def _ask(options: Namespace, method: str, params: Mapping[str, Any]) -> tuple[str, dict[str, Any], Any]:
+    """Return where the gateway is, its greeting, and what it answers."""
+    async with _remote(_load(options), options) as there:
+        return str(there.address), there.hello, await there.request(method, params, seconds=options.timeout)
+
+
+def _command_call(options: Namespace) -> int:
+    *_, payload = asyncio.run(_ask(options, options.method, options.params))
+    cli.print_payload(payload)
+    return 0
+
+
+def _command_health(options: Namespace) -> int:
+    return cli.print_health(*asyncio.run(_ask(options, options.command, {})), options.json)
 
 
 def _command_check(options: Namespace) -> int:
@@ -648,10 +862,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands_ = {
         "gateway": _command_gateway,
         "agent": _command_agent,
+        "call": _command_call,
+        "health": _command_health,
+        "status": _command_health,
         "config check": _command_check,
         "config show": _command_show,
     }
-    expected = (OSError, ConfigError, sessions.StoreError)
+    expected = (OSError, ConfigError, sessions.StoreError, runs.RunError, APIError, remote.RemoteError)
     return cli.run(sys.argv[1:] if argv is None else argv, commands_, VERSION, expected)
 
 

@@ -1,6 +1,6 @@
 """HTTP/1.1 over asyncio streams, both halves: RFC 9110 (semantics) and RFC 9112 (messages).
 
-The server's half reads requests and writes answers; the client's half writes one request and reads its answer.
+The server's half reads requests and writes answers; the client's half writes a request and reads its answer.
 """
 
 from __future__ import annotations
@@ -10,26 +10,20 @@ import codecs
 import re
 import socket
 import time
-from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
 from contextlib import aclosing
 from functools import lru_cache
-from typing import TYPE_CHECKING, NamedTuple
-
-if TYPE_CHECKING:
-    import ssl
+from typing import NamedTuple
 
 MAX_HEAD = 32 * 1024  # bytes of request line and fields; node 16 KiB, nginx 4 x 8 KiB
 MAX_FIELDS = 100  # Apache's LimitRequestFields
 MAX_TARGET = 8 * 1024  # RFC 9112 section 3 asks for 8,000 at least
 MAX_EMPTY_LINES = 16  # before a request line; RFC 9112 section 2.2 asks for one at least
-MAX_REPEATED = 256  # characters of a field line that is remembered
+MAX_REPEATED = 1024  # bytes of fields whose lines are remembered
 MAX_CHUNK_LINE = 256  # a chunk size and its extensions
 MAX_CHUNK_EXTENSIONS = 16 * 1024  # of one body together; node's
 MAX_TRAILER = 8 * 1024
 MAX_EVENT = 1024 * 1024  # one server-sent event of an upstream server
-MAX_IDLE = 32  # upstream connections kept for reuse, per origin
-IDLE_SECONDS = 4.0  # below the five after which uvicorn and node close theirs
-CONNECT_SECONDS = 10.0
 PIECE = 64 * 1024
 
 LAST_CHUNK = b"0\r\n\r\n"
@@ -111,9 +105,12 @@ def parse_fields(block: bytes) -> dict[str, str]:
         raise _broken_line(len(lines) + 1)
     if len(lines) > MAX_FIELDS:
         raise HTTPError(431, f"The request has more than {MAX_FIELDS} fields.")
-    fields: dict[str, str] = {}
-    for n, line in enumerate(lines, 1):
-        name, value = parse_field(line) if len(line) < MAX_REPEATED else parse_field.__wrapped__(line)
+    parse = parse_field if len(block) <= MAX_REPEATED else parse_field.__wrapped__
+    fields = dict(map(parse, lines))
+    if len(fields) == len(lines) and "" not in fields:
+        return fields
+    fields.clear()
+    for n, (name, value) in enumerate(map(parse, lines), 1):
         if not name:
             raise _broken_line(n)
         fields[name] = f"{fields[name]}, {value}" if name in fields else value
@@ -216,27 +213,27 @@ def parse_head(start: tuple[str, str, int], block: bytes) -> Request:
 
 def http_date(now: float) -> str:
     """Return `now` (seconds since the epoch) as an IMF-fixdate (RFC 9110 section 5.6.7)."""
-    global _date
-    if _date[0] != int(now):
-        t = time.gmtime(now)
-        clock = f"{t.tm_hour:02}:{t.tm_min:02}:{t.tm_sec:02}"
-        _date = (int(now), f"{_DAYS[t.tm_wday]}, {t.tm_mday:02} {_MONTHS[t.tm_mon - 1]} {t.tm_year:04} {clock} GMT")
-    return _date[1]
+    t = time.gmtime(now)
+    clock = f"{t.tm_hour:02}:{t.tm_min:02}:{t.tm_sec:02}"
+    return f"{_DAYS[t.tm_wday]}, {t.tm_mday:02} {_MONTHS[t.tm_mon - 1]} {t.tm_year:04} {clock} GMT"
 
 
-_date = (0, "Thu, 01 Jan 1970 00:00:00 GMT")  # the second that http_date last wrote, and its text
+@lru_cache(32)  # the statuses of a second
+def _start(status: int, second: int) -> tuple[str, str]:
+    return f"HTTP/1.1 {status} {_REASONS.get(status, '')}", f"Date: {http_date(second)}"
 
 
 def head(status: int, fields: Iterable[tuple[str, str]]) -> bytes:
     """Return the head of an answer: status line, Date and `fields`. ValueError: a field with CR, LF or NUL."""
-    return _join(f"HTTP/1.1 {status} {_REASONS.get(status, '')}", [("Date", http_date(time.time())), *fields])
+    return _join(_start(status, int(time.time())), fields)
 
 
-def _join(start: str, fields: Sequence[tuple[str, str]]) -> bytes:
-    text = start + "".join([f"\r\n{name}: {value}" for name, value in fields])
-    if text.count("\n") != len(fields) or text.count("\r") != len(fields) or "\0" in text:
+def _join(start: Iterable[str], fields: Iterable[tuple[str, str]]) -> bytes:
+    lines = [*start, *map(": ".join, fields), "\r\n"]
+    text = "".join(lines[:-1])
+    if "\r" in text or "\n" in text or "\0" in text:
         raise ValueError("a field with CR, LF or NUL is never written")  # it would end the line and begin another
-    return f"{text}\r\n\r\n".encode("latin-1")
+    return "\r\n".join(lines).encode("latin-1")
 
 
 def chunk(data: bytes) -> bytes:
@@ -361,37 +358,74 @@ class ProtocolError(ConnectionError):
     """The server's answer is no HTTP/1.1, or broke off."""
 
 
-class _Link(NamedTuple):
-    origin: tuple[str, str, int]
-    reader: asyncio.StreamReader
-    writer: asyncio.StreamWriter
+Origin = tuple[str, str, int]  # scheme, host and port
 
-    def usable(self, since: float) -> bool:
-        """Whether it, idle `since` then, may be written to: not idle for long, and silent since its last answer.
 
-        One that the server has ended, or soon will, is not written to: a turn may act, so it is never sent twice.
-        """
-        return time.monotonic() - since < IDLE_SECONDS and self.silent()
+def format_request(method: str, url: str, fields: Iterable[tuple[str, str]], body: bytes) -> tuple[Origin, bytes]:
+    """Return whom to ask, and the bytes of the request. ValueError: a bad `url`, or a field with CR, LF or NUL."""
+    match = _ABSOLUTE.fullmatch(url)
+    host = split_host(match[2]) if match else None
+    if match is None or host is None or not host[0]:
+        raise ValueError("not an http or https URL")
+    scheme = match[1].lower()  # RFC 3986 3.1
+    target = (match[3] or "/") + (f"?{match[4]}" if match[4] else "")
+    ours = [("Host", match[2]), ("Content-Length", str(len(body)))]
+    head = _join([f"{method} {target} HTTP/1.1"], [*ours, *fields])
+    return (scheme, host[0].strip("[]"), host[1] or {"http": 80, "https": 443}[scheme]), head + body
 
-    def silent(self) -> bool:
-        """Whether the server has said nothing since its last answer, not even that it ends."""
-        buffered = self.reader._buffer  # type: ignore[attr-defined]  # no public name tells it
-        return not buffered and not self.reader.at_eof() and not self.writer.is_closing()
+
+async def read_answer(reader: asyncio.StreamReader, method: str, release: Callable[[bool], None]) -> Response:
+    """Return the answer to a request, its head read. OSError: it is no HTTP/1.1, or broke off.
+
+    `release` is called when the answer is done with: with True when the connection can take another request.
+    """
+    try:
+        while True:
+            line = (await reader.readuntil(b"\n")).decode("latin-1")
+            match = _STATUS_LINE.fullmatch(line)
+            if match is None:
+                raise ProtocolError("the answer is not HTTP/1.1")
+            block = ""
+            while (line := (await reader.readuntil(b"\n")).decode("latin-1")) not in ("\r\n", "\n"):
+                block += line.rstrip("\r\n") + "\r\n"
+                if len(block) > MAX_HEAD:
+                    raise ProtocolError("the answer's head is too long")
+            status, fields = int(match[2]), parse_fields(block.encode("latin-1"))
+            if status >= 200:
+                break
+        if method == "HEAD" or status in (204, 304):
+            length: int | None = 0
+        elif "transfer-encoding" in fields or "content-length" in fields:
+            length = parse_length(1, fields)
+        else:
+            length = -1
+        if match[1] == "0":
+            fields["connection"] = "close"  # HTTP/1.0: not to be written to again
+    except (HTTPError, asyncio.IncompleteReadError, asyncio.LimitOverrunError) as e:
+        raise ProtocolError("the answer's head is malformed, or broke off") from e
+    return Response(reader, release, status, fields, length)
 
 
 class Response:
     """The answer to a request: its head; its body by `read`, `pieces` or `events`, once."""
 
-    def __init__(self, link: _Link, pool: Pool, status: int, fields: dict[str, str], length: int | None) -> None:
+    def __init__(
+        self,
+        reader: asyncio.StreamReader,
+        release: Callable[[bool], None],
+        status: int,
+        fields: dict[str, str],
+        length: int | None,
+    ) -> None:
         self.status, self.fields = status, fields
-        self._link, self._pool = link, pool
+        self._reader, self._release = reader, release
         self._length = length  # of the body in bytes; None: chunked; -1: to the end of the connection
         self._whole = length == 0
         self._persists = "close" not in tokens(fields.get("connection", ""))
 
     async def pieces(self) -> AsyncGenerator[bytes, None]:
         """Yield the body as it comes. OSError: it broke off, or its framing is broken."""
-        reader = self._link.reader
+        reader = self._reader
         try:
             if self._length is None:
                 while size := (await read_chunk_size(reader))[0]:
@@ -453,114 +487,5 @@ class Response:
             yield "\n".join(data)
 
     def close(self) -> None:
-        """Give the connection back when the body was read to its end, else drop it at once. Safe to call again."""
-        self._pool.release(self._link, reusable=self._whole and self._persists)
-
-
-class Pool:
-    """Connections to other servers, kept for a moment between two requests. One event loop's."""
-
-    def __init__(self) -> None:
-        self._idle: dict[tuple[str, str, int], list[tuple[float, _Link]]] = {}
-        self._busy: set[_Link] = set()
-        self._tls: ssl.SSLContext | None = None
-
-    async def request(self, method: str, url: str, fields: Iterable[tuple[str, str]], body: bytes) -> Response:
-        """Send one request and return its answer's head. OSError: no connection, no HTTP. ValueError: a bad `url`."""
-        match = _ABSOLUTE.fullmatch(url)
-        host = split_host(match[2]) if match else None
-        if match is None or host is None or not host[0]:
-            raise ValueError("not an http or https URL")
-        scheme = match[1].lower()  # RFC 3986 3.1
-        target = (match[3] or "/") + (f"?{match[4]}" if match[4] else "")
-        ours = [("Host", match[2]), ("Content-Length", str(len(body)))]
-        head = _join(f"{method} {target} HTTP/1.1", [*ours, *fields])
-        link = await self._connect((scheme, host[0].strip("[]"), host[1] or {"http": 80, "https": 443}[scheme]))
-        try:
-            link.writer.write(head + body)
-            await link.writer.drain()
-            return await self._read_answer(link, method)
-        except BaseException:  # a cancelled call must not leave its connection behind
-            self.release(link, reusable=False)
-            raise
-
-    async def _read_answer(self, link: _Link, method: str) -> Response:
-        try:
-            while True:
-                line = (await link.reader.readuntil(b"\n")).decode("latin-1")
-                match = _STATUS_LINE.fullmatch(line)
-                if match is None:
-                    raise ProtocolError("the answer is not HTTP/1.1")
-                block = ""
-                while (line := (await link.reader.readuntil(b"\n")).decode("latin-1")) not in ("\r\n", "\n"):
-                    block += line.rstrip("\r\n") + "\r\n"
-                    if len(block) > MAX_HEAD:
-                        raise ProtocolError("the answer's head is too long")
-                status, fields = int(match[2]), parse_fields(block.encode("latin-1"))
-                if status >= 200:
-                    break
-            if method == "HEAD" or status in (204, 304):
-                length: int | None = 0
-            elif "transfer-encoding" in fields or "content-length" in fields:
-                length = parse_length(1, fields)
-            else:
-                length = -1
-            if match[1] == "0":
-                fields["connection"] = "close"  # HTTP/1.0: not to be written to again
-        except (HTTPError, asyncio.IncompleteReadError, asyncio.LimitOverrunError) as e:
-            raise ProtocolError("the answer's head is malformed, or broke off") from e
-        return Response(link, self, status, fields, length)
-
-    async def _connect(self, origin: tuple[str, str, int]) -> _Link:
-        idle = self._idle.get(origin, [])
-        while idle:
-            since, link = idle.pop()
-            if link.usable(since):
-                self._busy.add(link)
-                return link
-            link.writer.transport.abort()
-        scheme, host, port = origin
-        tls = await self._tls_context() if scheme == "https" else None
-        try:
-            async with asyncio.timeout(CONNECT_SECONDS):
-                reader, writer = await asyncio.open_connection(host, port, ssl=tls)
-        except TimeoutError:
-            raise ConnectionRefusedError("connecting took too long") from None  # nothing was sent
-        link = _Link(origin, reader, writer)
-        self._busy.add(link)
-        return link
-
-    async def _tls_context(self) -> ssl.SSLContext:
-        import ssl
-
-        if self._tls is None:  # reading the system's certificates takes tens of milliseconds
-            self._tls = await asyncio.to_thread(ssl.create_default_context)
-        return self._tls
-
-    def release(self, link: _Link, *, reusable: bool) -> None:
-        """Take back a connection of this pool: keep it for the next request, or drop it."""
-        if link not in self._busy:
-            return
-        self._busy.remove(link)
-        idle = self._idle.setdefault(link.origin, [])
-        if reusable and len(idle) < MAX_IDLE and link.silent():
-            idle.append((time.monotonic(), link))
-        else:
-            link.writer.transport.abort()
-
-    def sweep(self) -> None:
-        """Drop what was idle too long, or was ended by its server."""
-        for origin, idle in list(self._idle.items()):
-            del self._idle[origin]
-            for since, link in idle:
-                if link.usable(since):
-                    self._idle.setdefault(origin, []).append((since, link))
-                else:
-                    link.writer.transport.abort()
-
-    def close(self) -> None:
-        """Drop every connection, those in use too."""
-        for link in [*self._busy, *(link for idle in self._idle.values() for _, link in idle)]:
-            link.writer.transport.abort()
-        self._busy.clear()
-        self._idle.clear()
+        """Give the connection back: to be used again when the body was read to its end. Safe to call again."""
+        self._release(self._whole and self._persists)

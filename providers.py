@@ -36,7 +36,7 @@ log = logging.getLogger("copepod")
 
 Turn = dict[str, Any]
 Item = str | dict[str, Any]
-Provider = Callable[[Turn], AsyncIterator[Item]]
+Provider = Callable[[Turn], AsyncIterator[Any]]  # of Items, or of what `checked` makes Items of
 
 
 class Response(Protocol):
@@ -154,33 +154,12 @@ def python_function(function: Callable[..., object]) -> Provider:
     is_async = any(inspect.isasyncgenfunction(each) or inspect.iscoroutinefunction(each) for each in targets)
     slots = threading.BoundedSemaphore(THREADS)
 
-    async def provider(turn: Turn) -> AsyncIterator[Item]:
+    def provider(turn: Turn) -> AsyncIterator[Any]:
         arguments = (turn["message"], turn) if with_turn else (turn["message"],)
-        items: AsyncIterator[object] | None = None
-        try:
-            if is_async:
-                result = function(*arguments)
-                items = result if isinstance(result, AsyncIterator) else unfold(result, slots)
-            else:
-                items = in_thread(lambda: function(*arguments), slots)
-            async for item in items:
-                if item.__class__ is str and item.isascii():  # as nearly all are
-                    if item:
-                        yield item
-                elif known := checked(item):
-                    yield known
-            items = None  # at its end: there is nothing to close
-        except ProviderError:
-            raise
-        except (Exception, SystemExit, asyncio.CancelledError) as error:
-            task = asyncio.current_task()
-            if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():
-                raise  # the run's own; without it, the agent let a cancel of its own making escape
-            log.error("run %s: the agent failed", turn["run_id"], exc_info=error)
-            raise ProviderError("internal", "the agent failed", taken=True) from None
-        finally:
-            if items is not None:
-                await close(items)
+        if not is_async:
+            return in_thread(lambda: function(*arguments), slots)
+        result: Any = function(*arguments)
+        return result if hasattr(result, "__anext__") else unfold(result, slots)
 
     return provider
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import binascii
-import hashlib
 import os
 import re
 import struct
@@ -106,7 +105,9 @@ def _names(fields: Mapping[str, str], name: str, token: str) -> bool:
 
 
 def _accept_value(key: str) -> str:
-    digest = hashlib.sha1(key.encode() + _GUID, usedforsecurity=False).digest()
+    from hashlib import sha1  # here: it brings OpenSSL with it, which a gateway without WebSocket clients never needs
+
+    digest = sha1(key.encode() + _GUID, usedforsecurity=False).digest()
     return binascii.b2a_base64(digest, newline=False).decode()
 
 
@@ -238,7 +239,7 @@ class WebSocket:
         self.sent_code: int | None = None
         self._reader, self._writer, self._transport = reader, writer, writer.transport
         self._max_message, self._max_buffered = max_message, max_buffered
-        self._on_activity = on_activity
+        self.on_activity = on_activity
         self._unread = bytearray()
         self._dropper: asyncio.TimerHandle | None = None
 
@@ -278,8 +279,12 @@ class WebSocket:
         if self._transport.get_write_buffer_size():
             await self._drain()
 
+    def post(self, text: bytes) -> None:
+        """Send one text message, given in UTF-8, at once; a peer that leaves too much unread is closed with 1008."""
+        self.send_frame(encode(TEXT, text, mask=self._mask()))
+
     def send_frame(self, frame: bytes) -> None:
-        """Send one frame as `encode` gave it, at once; a peer that leaves too much unread is closed with 1008."""
+        """Send one frame as `encode` gave it, likewise."""
         if self.closed:
             return
         if self._transport.get_write_buffer_size() > self._max_buffered:
@@ -298,6 +303,10 @@ class WebSocket:
         self._transport.write(encode(CLOSE, close_payload(code, reason), mask=self._mask()))
         self.sent_code = code
         self._drop_later()
+
+    def abort(self) -> None:
+        """Drop the connection at once."""
+        self._transport.abort()
 
     def _mask(self) -> bytes | None:
         return os.urandom(4) if self.client else None
@@ -368,8 +377,8 @@ class WebSocket:
                     break
                 if mask:
                     mask = mask[len(piece) % 4 :] + mask[: len(piece) % 4]
-            if self._on_activity:
-                self._on_activity()
+            if self.on_activity:
+                self.on_activity()
             if fin:
                 return _utf8(message, final=True)[0] if kind == TEXT else bytes(message)
 
@@ -403,8 +412,8 @@ class WebSocket:
         await self._fill(size)
         taken = self._take(size)
         payload = bytes(xor(taken, mask) if mask else taken)
-        if self._on_activity:
-            self._on_activity()
+        if self.on_activity:
+            self.on_activity()
         if opcode == CLOSE:
             self.close_code, self.close_reason = parse_close(payload)
             self.close(self.close_code)

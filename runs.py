@@ -7,8 +7,7 @@ import logging
 import os
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from types import AsyncGeneratorType
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 MAX_LANE = 32  # runs that wait behind the running one of their session
@@ -18,13 +17,15 @@ CANCEL_SECONDS = 1.0  # until a run that outlives its cancellation is cancelled 
 
 Message = dict[str, Any]  # role, content (text), and tool_calls, tool_call_id, name where they are
 Event = tuple[str, Any]
-# The events of a run, in this order; after "end" or "error" comes nothing:
+# What observers are told of a run, in this order; after "end" or "error" comes nothing:
 #   ("accepted", None) ("start", None) ("delta", text) ("tool", dict) ("usage", dict) ("end", finish_reason)
 #   ("error", {"kind", "message", "retry_after", "taken"})
 ACCEPTED: Event = ("accepted", None)
 START: Event = ("start", None)
 CANCELLED: Event = ("error", {"kind": "cancelled", "message": "The run was cancelled."})
-Provider = Callable[[dict[str, Any]], AsyncIterator[str | dict[str, Any]]]
+Item = str | dict[str, Any]  # of a provider: a delta; tool, usage or finish_reason
+Provider = Callable[[dict[str, Any]], AsyncIterator[Any]]
+Take = Callable[[str, Any], bool]  # (kind, data) of an event; True: the reader is slow
 
 log = logging.getLogger("copepod")
 
@@ -46,9 +47,9 @@ class Run:
     """One turn of one agent in one session."""
 
     __slots__ = (
-        "agent_id", "answer", "cancels", "deadline", "ended_at", "expired", "finish_reason", "gate", "id",
-        "iterator", "lane", "placed", "provider", "providers", "room", "session_key", "spoken", "started_at", "stored",
-        "task", "turn", "usage",
+        "agent_id", "answer", "cancels", "deadline", "ended_at", "finish_reason", "gate", "gone", "id", "lane",
+        "outside", "placed", "provider", "providers", "room", "session_key", "spoken", "started_at", "stopping",
+        "stored", "task", "turn", "usage",
     )  # fmt: skip
 
     def __init__(
@@ -88,21 +89,22 @@ class Run:
         self.answer: list[str] = []  # the deltas so far
         self.started_at: float | None = None  # seconds since the epoch
         self.ended_at: float | None = None
-        self.task: asyncio.Task[Any] | None = None  # the one that takes the events
+        self.task: asyncio.Task[Any] | None = None  # the one that drives it
         self.gate: asyncio.Future[None] | None = None  # what it waits for in the queue
         self.placed = False  # it has one of the gateway's places
         self.spoken = False  # a word or a tool's doing has gone out: no other model may begin anew
-        self.expired = False
-        self.cancels = 0  # of the deadline's, not yet taken back
+        self.stopping: RunError | None = None  # why it is ended from outside
+        self.cancels = 0  # of such an end, not yet taken back
+        self.outside = False  # it waits for its reader, not for its agent
+        self.gone = False  # the one that drives it has left
         self.room = MAX_ANSWER
-        self.iterator: AsyncGeneratorType[Event, None] | None = None
 
     def begin(self, provider: str, model: str) -> None:
         """Let a provider answer, the first or the next one."""
         self.provider, self.turn["model"] = provider, model
         self.usage, self.finish_reason = {}, "stop"
 
-    def take(self, item: str | dict[str, Any]) -> Event | None:
+    def take(self, item: Item) -> Event | None:
         """Return the event that an item of a provider is, None for what only the end tells."""
         if isinstance(item, str):
             self.room -= len(item)
@@ -118,17 +120,19 @@ class Run:
         self.finish_reason = item.get("finish_reason", self.finish_reason)
         return None
 
-    def timeout(self) -> RunError:
-        """Return how the run fails when its deadline has passed."""
-        return RunError("timeout", "The agent took too long.", taken=self.placed)
+    def left(self, error: BaseException) -> bool:
+        """Whether `error` is of the one that drives it: a cancel that is not `stop`'s, or its reader that is gone."""
+        others = self.uncancel()
+        self.gone |= self.outside or (others and isinstance(error, asyncio.CancelledError))
+        self.outside = False
+        return self.gone
 
     def uncancel(self) -> bool:
-        """Take back the cancels of the deadline. True: the task has no other."""
-        others = 0
-        while self.cancels and self.task is not None:
+        """Take back the cancels of `stop`. True: the task has others."""
+        while self.task is not None and self.cancels:
             self.cancels -= 1
-            others = self.task.uncancel()
-        return others == 0
+            self.task.uncancel()
+        return self.task is not None and self.task.cancelling() > 0
 
 
 def undoubled(transcript: Sequence[Message], messages: Sequence[Message]) -> Sequence[Message]:
@@ -147,52 +151,30 @@ def _identity(message: Message) -> tuple[Any, ...]:
     return message["role"], message.get("content") or "", message.get("tool_call_id"), calls
 
 
-def failure(error: Exception) -> dict[str, Any]:
-    """Return the payload of an "error" event. What says nothing for strangers is logged and told as a bug of ours."""
-    kind = getattr(error, "kind", None)
-    if kind is None:
-        log.error("a run failed", exc_info=error)
-        return {"kind": "internal", "message": "The gateway failed.", "retry_after": None, "taken": True}
-    return {
-        "kind": kind,
-        "message": str(error),
-        "retry_after": getattr(error, "retry_after", None),
-        "taken": getattr(error, "taken", False),
-    }
+def failure(run: Run, error: BaseException) -> dict[str, Any]:
+    """Return the payload of an "error" event. An error that is not meant for strangers is logged, and not shown."""
+    try:
+        kind, retry_after, taken = error.kind, error.retry_after, error.taken  # type: ignore[attr-defined]
+    except AttributeError:
+        log.error("run %s: the agent failed", run.id, exc_info=error)
+        return {"kind": "internal", "message": "the agent failed", "retry_after": None, "taken": True}
+    return {"kind": kind, "message": str(error), "retry_after": retry_after, "taken": taken}
 
 
-async def _close(words: AsyncIterator[Any]) -> None:
-    close = getattr(words, "aclose", None)
-    if close is not None:
-        await close()
-
-
-def final(run: Run, error: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Return the last payload of a run in the gateway protocol's shape: what `agent` answers with. Times in ms."""
-    if error is not None:
-        return {"runId": run.id, "status": "error", "summary": error["message"]}
-    usage = run.usage
-    tokens = {"input": usage.get("prompt_tokens", 0), "output": usage.get("completion_tokens", 0)}
-    total = usage.get("total_tokens", sum(tokens.values()))
-    agent = {
-        "sessionId": run.turn["session_id"],
-        "provider": run.provider,
-        "model": run.turn["model"],
-        "usage": {**tokens, "cacheRead": 0, "cacheWrite": 0, "total": total},
-    }
-    duration = round(((run.ended_at or time.time()) - (run.started_at or time.time())) * 1000)
-    result = {
-        "payloads": [{"text": "".join(run.answer), "mediaUrl": None}],
-        "meta": {"durationMs": duration, "agentMeta": agent, "aborted": False},
-    }
-    return {"runId": run.id, "status": "ok", "summary": "completed", "result": result}
+async def _close(words: AsyncIterator[Any] | None) -> None:
+    if (close := getattr(words, "aclose", None)) is not None:
+        try:
+            await close()
+        except Exception:
+            log.exception("an agent's generator failed while it was closed")
 
 
 class Runs:
     """The runs of a gateway: one at a time in a lane, `max_concurrent` in all.
 
     `load(agent, key)` gives a stored session's id and messages; `save(agent, key, session_id, messages,
-    model=, usage=)` commits a turn. Every observer is called with (run, event); it must return at once.
+    model=, usage=)` commits a turn; `check(item)` gives what a provider yielded as an Item, None for nothing, or
+    raises. Every observer is called with (run, event); it must return at once.
     """
 
     def __init__(
@@ -200,18 +182,19 @@ class Runs:
         max_concurrent: int,
         load: Callable[[str, str], Awaitable[tuple[str, list[Message]]]],
         save: Callable[..., Awaitable[None]],
+        check: Callable[[object], Item | None],
     ) -> None:
         self.max_concurrent = max_concurrent
         self.observers: list[Callable[[Run, Event], None]] = []
         self.active: set[Run] = set()  # accepted and not ended
         self.store_error = ""  # why the last turn of a session could not be read or written
-        self._load, self._save = load, save
+        self._load, self._save, self._check = load, save, check
         self._lanes: dict[tuple[str, str], deque[Run]] = {}  # the first of a lane runs, or waits for a place
         self._waiting: deque[Run] = deque()
         self._placed = 0
 
     def accept(self, run: Run) -> None:
-        """Queue `run`; whoever does so takes its events, or releases it. RunError: overloaded."""
+        """Queue `run`; whoever does so drives it, or releases it. RunError: overloaded."""
         if len(self._waiting) >= MAX_WAITING:
             raise RunError("overloaded", "The gateway is busy; try again later.")
         lane = self._lanes.get(run.lane)
@@ -254,70 +237,91 @@ class Runs:
             self._place(self._waiting.popleft())
 
     def sweep(self) -> None:
-        """Cancel what has passed its deadline. To be called once a second or so."""
+        """Stop what has passed its deadline. To be called once a second or so."""
         now = time.monotonic()
         for run in [run for run in self.active if run.deadline < now]:
-            run.expired = True
-            run.deadline = now + CANCEL_SECONDS
-            # A task that waits for its own slow reader, outside, finds `expired` when it comes back.
-            if run.task is not None and run.iterator is not None and run.iterator.ag_running:
-                run.cancels += 1
-                run.task.cancel()
+            self.stop(run, RunError("timeout", "The agent took too long.", taken=run.placed))
 
-    def events(self, run: Run) -> AsyncGenerator[Event, None]:
-        """Yield the events of an accepted run, from its first word on.
+    def stop(self, run: Run, error: RunError) -> None:
+        """End `run`, queued or on, with `error`, down to its last resource. Nothing happens when it has ended."""
+        if run not in self.active:
+            return
+        run.stopping = run.stopping or error
+        run.deadline = time.monotonic() + CANCEL_SECONDS  # when it is tried again
+        # One that waits for its slow reader, outside, or that stops itself finds `stopping` when it comes back.
+        if run.task is not None and not run.outside and run.task is not asyncio.current_task():
+            run.cancels += 1
+            run.task.cancel()
 
-        Its agent works while the next one is awaited, and not otherwise. Cancelling the task that takes them, or
-        closing this iterator once it has begun, ends the run down to its last resource.
+    async def drive(
+        self,
+        run: Run,
+        take: Take | None = None,
+        drain: Callable[[], Awaitable[None]] | None = None,
+    ) -> Event:
+        """Let the agent of an accepted run work to its end, and return the last event: ("end", ...) or ("error", ...).
+
+        `take(kind, data)` is called with each "delta" and "tool" event; when it returns True, the agent rests until
+        `drain()` is over. Cancelling the task that drives, or what these two raise, ends the run down to its last
+        resource, and is raised again.
         """
-        run.iterator = self._events(run)  # type: ignore[assignment]  # typing has no ag_running
-        return run.iterator  # type: ignore[return-value]
-
-    async def _events(self, run: Run) -> AsyncGenerator[Event, None]:
         run.task = asyncio.current_task()
         try:
             self._tell(run, ACCEPTED)
+            if run.stopping is not None:
+                raise run.stopping
             if not run.placed:
                 run.gate = asyncio.get_running_loop().create_future()
                 await run.gate
             run.started_at = time.time()
             self._tell(run, START)
             new = await self._recall(run) if run.stored else None
-            for n, (name, model, provider) in enumerate(run.providers, 1):
-                run.begin(name, model)
-                words = provider(run.turn)
-                try:
-                    async for item in words:
-                        event = run.take(item)
-                        if event is not None:
-                            yield self._tell(run, event)
-                        if run.expired:
-                            raise run.timeout()
-                    break
-                except BaseException as e:  # whoever ends what has begun
-                    await _close(words)
-                    if not isinstance(e, Exception) or run.spoken or run.expired or n == len(run.providers):
-                        raise
-                    log.warning("run %s: model %d failed, trying the next: %s", run.id, n, failure(e)["message"])
+            await self._answer(run, take, drain)
+            if run.stopping is not None:  # its agent ended instead of being cancelled
+                raise run.stopping
             if new is not None:
                 await self._keep(run, [*new, {"role": "assistant", "content": "".join(run.answer)}])
             if run.usage:
-                yield self._tell(run, ("usage", run.usage))
+                self._tell(run, ("usage", run.usage))
             run.ended_at = time.time()
-            yield self._tell(run, ("end", run.finish_reason))
-        except (asyncio.CancelledError, GeneratorExit) as e:
-            # A cancel that is not the deadline's, or not its alone, is its caller's.
-            if isinstance(e, GeneratorExit) or not run.expired or not run.uncancel():
-                if run.ended_at is None:
-                    self._tell(run, CANCELLED)
+            return self._tell(run, ("end", run.finish_reason))
+        except (Exception, SystemExit, asyncio.CancelledError) as e:  # SystemExit, too: it is the agent that fails
+            if run.left(e):
+                self._tell(run, CANCELLED)
                 raise
-            yield self._tell(run, ("error", failure(run.timeout())))
-        except Exception as e:
-            yield self._tell(run, ("error", failure(run.timeout() if run.expired else e)))
+            return self._tell(run, ("error", failure(run, run.stopping or e)))
         finally:
             if run.cancels:
                 run.uncancel()
             self.release(run)
+
+    async def _answer(self, run: Run, take: Take | None, drain: Callable[[], Awaitable[None]] | None) -> None:
+        """Let the providers answer, one after the other, until one does."""
+        for n, (name, model, provider) in enumerate(run.providers, 1):
+            run.begin(name, model)
+            words: AsyncIterator[Any] | None = None
+            try:
+                words = provider(run.turn)
+                async for item in words:
+                    if item.__class__ is not str or not item.isascii():  # nearly all are plain text
+                        item = self._check(item)
+                    event = run.take(item) if item else None
+                    if event is not None:
+                        self._tell(run, event)
+                        if take is not None:
+                            run.outside = True
+                            if take(*event) and drain is not None:
+                                await drain()
+                            run.outside = False
+                    if run.stopping is not None:
+                        raise run.stopping
+                return
+            except (Exception, SystemExit, asyncio.CancelledError) as e:
+                last = run.left(e) or run.spoken or run.stopping is not None or n == len(run.providers)
+                await _close(words)
+                if last:
+                    raise
+                log.warning("run %s: model %d failed, trying the next: %s", run.id, n, failure(run, e)["message"])
 
     def _tell(self, run: Run, event: Event) -> Event:
         for observer in self.observers:

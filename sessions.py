@@ -41,6 +41,7 @@ CREATE TABLE sessions (
     UNIQUE (agent, key)
 );
 CREATE INDEX sessions_newest ON sessions (updated_at, id);
+CREATE INDEX sessions_by_id ON sessions (session_id);
 CREATE TABLE messages (
     session INTEGER NOT NULL REFERENCES sessions (id),
     seq INTEGER NOT NULL,
@@ -373,6 +374,15 @@ class Store:
     async def list(self, limit: int | None = None, agents: Collection[str] | None = None) -> Dicts:
         """The sessions (of these agents only), newest first: the fields of sessions.list and those of `patch`."""
         return await self._run(lambda db: _list(db, limit, agents))
+
+    async def counts(self) -> dict[str, int]:
+        """The number of sessions of each agent that has one."""
+        return await self._run(lambda db: dict(db.execute("SELECT agent, count(*) FROM sessions GROUP BY agent")))
+
+    async def find(self, session_id: str) -> tuple[str, str] | None:
+        """The agent and the key of the session with this id, None if there is none."""
+        query = "SELECT agent, key FROM sessions WHERE session_id = ?"
+        return await self._run(lambda db: db.execute(query, (session_id,)).fetchone())
 
     async def history(self, agent: str, key: str, limit: int | None = None) -> tuple[str | None, Dicts]:
         """The session id (None if nothing is stored) and the newest `limit` messages, in order.

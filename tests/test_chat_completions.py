@@ -575,7 +575,7 @@ def test_completion(value: str) -> None:
 def test_usage(usage: Mapping[str, int], expected: Mapping[str, int]) -> None:
     assert json.loads(chat.completion(RUN_ID, parse(), "x", "stop", usage))["usage"] == expected
     out = Output(include_usage=True)
-    out.stream.take("end", "stop", usage)
+    out.stream.end("end", "stop", usage)
     assert out.chunks()[-1]["usage"] == expected
 
 
@@ -615,10 +615,9 @@ def word(value: str) -> dict[str, Any]:
 @pytest.mark.parametrize("value", TEXTS)
 def test_stream(value: str, include_usage: bool) -> None:
     out = Output(value, include_usage)
-    assert not out.stream.take("delta", value, {})
-    assert not out.stream.take("delta", "more", {})
-    assert not out.stream.take("usage", USAGE, USAGE)
-    assert not out.stream.take("end", "tool_calls", USAGE)
+    assert not out.stream.take("delta", value)
+    assert not out.stream.take("delta", "more")
+    assert not out.stream.end("end", "tool_calls", USAGE)
     assert [last for _, last in out.sent] == [False, False, True]
     assert out.data()[-1] == "[DONE]"
     chunks = out.chunks()
@@ -635,26 +634,23 @@ def test_stream(value: str, include_usage: bool) -> None:
 
 def test_stream_without_a_word() -> None:
     out = Output()
-    out.stream.take("end", "stop", {})
+    out.stream.end("end", "stop", {})
     assert len(out.sent) == 1
     assert [chunk["choices"][0]["finish_reason"] for chunk in out.chunks()] == [None, "stop"]
 
 
 def test_stream_begins_with_a_tool() -> None:
     out = Output()
-    out.stream.take("tool", {"name": "look"}, {})
-    out.stream.take("tool", {"name": "look"}, {})
+    out.stream.take("tool", {"name": "look"})
+    out.stream.take("tool", {"name": "look"})
     assert [chunk["choices"] for chunk in out.chunks()] == [[ROLE]]
-    for kind in ("accepted", "start", "usage"):
-        out.stream.take(kind, None, {})
     assert len(out.sent) == 1
 
 
 def test_stream_tells_of_a_slow_reader() -> None:
     out = Output(slow=True)
-    assert out.stream.take("delta", "x", {})
-    assert out.stream.take("end", "stop", {})
-    assert not out.stream.take("usage", {}, {})
+    assert out.stream.take("delta", "x")
+    assert out.stream.end("end", "stop", {})
 
 
 def test_stream_that_is_silent() -> None:
@@ -676,7 +672,7 @@ def test_stream_that_is_silent() -> None:
     out.stream.tick(134.9)
     assert len(out.sent) == 2
     out.now = 134.0
-    out.stream.take("delta", "x", {})
+    out.stream.take("delta", "x")
     out.stream.tick(140.0)
     assert len(out.sent) == 3
 
@@ -688,15 +684,15 @@ def failed(kind: str, retry_after: int | None = None, taken: bool = False) -> di
 def test_stream_that_fails_before_a_word() -> None:
     out = Output()
     with pytest.raises(APIError) as error:
-        out.stream.take("error", failed("overloaded"), {})
+        out.stream.end("error", failed("overloaded"), {})
     assert error.value.status == 503
     assert not out.sent
 
 
 def test_stream_that_fails_behind_a_word() -> None:
     out = Output(include_usage=True)
-    out.stream.take("delta", "x", {})
-    out.stream.take("error", failed("timeout"), {})
+    out.stream.take("delta", "x")
+    out.stream.end("error", failed("timeout"), {})
     assert [last for _, last in out.sent] == [False, True]
     *_, error, done = out.data()
     assert done == "[DONE]"
@@ -728,18 +724,21 @@ RETRY, NEVER = ("Retry-After", "1"), ("x-should-retry", "false")
         ("overloaded", 3, False, 503, "overloaded_error", [("Retry-After", "3")]),
         ("timeout", None, False, 504, "timeout_error", [NEVER]),
         ("timeout", None, True, 504, "timeout_error", [NEVER]),
+        ("cancelled", None, False, 500, "server_error", [NEVER]),
+        ("cancelled", None, True, 500, "server_error", [NEVER]),
     ],
 )  # fmt: skip
 def test_run_error(kind: str, retry_after: int | None, taken: bool, status: int, type_: str, fields: Any) -> None:
     error = chat.run_error(**failed(kind, retry_after, taken))
-    assert (error.status, error.type, error.code, list(error.fields)) == (status, type_, None, fields)
+    code = "run_aborted" if kind == "cancelled" else None
+    assert (error.status, error.type, error.code, list(error.fields)) == (status, type_, code, fields)
     body = error.body()
     assert body.isascii()
-    assert json.loads(body) == {"error": {"message": str(error), "type": type_, "param": None, "code": None}}
+    assert json.loads(body) == {"error": {"message": str(error), "type": type_, "param": None, "code": code}}
 
 
 def test_every_kind_has_its_row() -> None:
-    kinds = {"rejected", "upstream_auth", "rate_limited", "upstream", "timeout", "overloaded", "internal"}
+    kinds = {"rejected", "upstream_auth", "rate_limited", "upstream", "timeout", "overloaded", "internal", "cancelled"}
     assert set(chat.ERRORS) == kinds
 
 

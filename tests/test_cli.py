@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import io
 import json
 import logging
 import os
 import sys
-from collections.abc import AsyncIterator
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -64,6 +65,15 @@ def parsed(*argv: str) -> dict[str, Any]:
             },
         ),
         (("agent", "--local", "--message", "hi"), {"agent": None, "session_key": None, "timeout": None, "json": False}),
+        (
+            ("agent", "--message", "hi", "--session-id", "s", "--url", "ws://h", "--token", "t"),
+            {"local": False, "session_id": "s", "url": "ws://h", "token": "t", "overrides": []},
+        ),
+        (("call", "m"), {"command": "call", "method": "m", "params": {}, "timeout": 30, "url": None, "token": None}),
+        (("call", "m", "--params", '{"a": "ü"}', "--timeout", "1"), {"params": {"a": "ü"}, "timeout": 1}),
+        (("health", "--token", "t"), {"command": "health", "json": False, "token": "t", "timeout": 30}),
+        (("health", "--token", "t"), {"overrides": []}),  # it is not the one to demand
+        (("status", "--json", "--set", "a=b"), {"command": "status", "json": True, "overrides": [("a", "b")]}),
         (("config", "check", "--config", "x"), {"command": "config check", "config": "x"}),
         (("config", "show", "--set", "a.b=1"), {"command": "config show", "overrides": [("a.b", "1")]}),
     ],
@@ -79,7 +89,15 @@ def test_what_the_commands_get(argv: tuple[str, ...], expected: dict[str, Any]) 
         (("foo",), "invalid choice: 'foo'"),
         (("config",), "COMMAND (see copepod config --help)"),
         (("config", "chek"), "invalid choice: 'chek'"),
-        (("agent",), "required: --message, --local (see copepod agent --help)"),
+        (("agent",), "required: --message (see copepod agent --help)"),
+        (("agent", "--local", "--message", "a", "--url", "ws://h"), "a running gateway: leave --local out"),
+        (("agent", "--local", "--message", "a", "--token", "t"), "a running gateway: leave --local out"),
+        (("agent", "--local", "--message", "a", "--session-id", "s"), "a running gateway: leave --local out"),
+        (("call",), "required: METHOD (see copepod call --help)"),
+        (("call", "m", "--params", "[1]"), "--params: must be a JSON object, such as '{\"limit\": 5}'"),
+        (("call", "m", "--params", "{"), "--params: must be a JSON object"),
+        (("call", "m", "--params", "[" * 100_000), "--params: must be a JSON object"),
+        (("health", "--timeout", "-1"), "--timeout: must be a number of seconds"),
         (("agent", "--local", "--message"), "--message: expected one argument"),
         (("agent", "--local", "--message", " "), "the message is empty: say something with --message TEXT"),
         (("agent", "--local", "--message", "a", "--timeout", "0"), "--timeout: must be a number of seconds"),
@@ -101,7 +119,7 @@ def test_wrong_usage_is_one_line_and_2(
     assert said in err
 
 
-@pytest.mark.parametrize("words", [(), ("gateway",), ("agent",), ("config",), ("config", "check"), ("config", "show")])
+@pytest.mark.parametrize("words", [(), ("config",), *(tuple(command.name.split()) for command in cli.COMMANDS)])
 def test_help_fits_a_screen_and_has_one_example(
     words: tuple[str, ...], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -216,31 +234,172 @@ def test_what_is_said_when_it_listens(
     assert capsys.readouterr().out == expected
 
 
-START: list[tuple[str, Any]] = [("accepted", None), ("start", None)]
-ERROR: tuple[str, Any] = ("error", {"message": "it broke"})
+def payload(*texts: str, **meta: Any) -> dict[str, Any]:
+    return {"result": {"payloads": [{"text": text, "mediaUrl": None} for text in texts], "meta": meta}}
+
+
+ABORTED = "copepod: error: the run was aborted\n"
 
 
 @pytest.mark.parametrize(
-    ("events", "as_json", "status", "out", "err"),
+    ("words", "final", "status", "out", "err"),
     [
-        ([*START, ("delta", "a "), ("delta", "b"), ("usage", {}), ("end", "stop")], False, 0, "a b\n", ""),
-        ([*START, ("delta", "a\n"), ("end", "stop")], False, 0, "a\n", ""),
-        ([*START, ("end", "stop")], False, 0, "", ""),
-        ([*START, ("delta", "a"), ("end", "stop")], True, 0, '{\n  "ü": 1\n}\n', ""),
-        ([*START, ERROR], False, 1, "", "copepod: error: it broke\n"),
-        ([*START, ("delta", "a"), ERROR], False, 1, "a\n", "copepod: error: it broke\n"),
-        ([*START, ("delta", "a"), ERROR], True, 1, "", "copepod: error: it broke\n"),
+        (["a ", "b"], payload("a b"), 0, "a b\n", ""),
+        (["a ", "b"], payload("a b c"), 0, "a b c\n", ""),  # the last words came with the end alone
+        ([], payload("a\n"), 0, "a\n", ""),
+        (["a\n"], payload("a\n"), 0, "a\n", ""),
+        (["a \n"], payload("a"), 0, "a \n", ""),
+        (["a c"], payload("a b c"), 0, "a c\na b c\n", ""),  # words were lost on the way
+        (["a"], payload("a", "b"), 0, "a\nb\n", ""),
+        ([], payload(), 0, "", ""),
+        ([], {}, 0, "", ""),
+        (["a"], payload("a", aborted=True), 1, "a\n", ABORTED),
+        ([], payload(aborted=True), 1, "", ABORTED),
     ],
 )
-def test_what_a_run_prints(
-    events: list[tuple[str, Any]], as_json: bool, status: int, out: str, err: str, capsys: pytest.CaptureFixture[str]
+def test_what_an_answer_prints(
+    words: list[str], final: dict[str, Any], status: int, out: str, err: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    async def come() -> AsyncIterator[tuple[str, Any]]:
-        for event in events:
-            yield event
-
-    assert asyncio.run(cli.print_run(come(), lambda: {"ü": 1}, as_json)) == status
+    with cli.Answer(as_json=False) as answer:
+        assert not answer.take("tool", {})
+        for word in words:
+            assert not answer.take("delta", word)
+        assert answer.end(final) == status
     assert capsys.readouterr() == (out, err)
+
+
+@pytest.mark.parametrize(("aborted", "err"), [(False, ""), (True, ABORTED)])
+def test_an_answer_as_json(aborted: bool, err: str, capsys: pytest.CaptureFixture[str]) -> None:
+    final = payload("ü", aborted=aborted)
+    with cli.Answer(as_json=True) as answer:
+        answer.take("delta", "ü")
+        assert answer.end(final) == aborted
+    out, said = capsys.readouterr()
+    assert "ü" in out
+    assert (json.loads(out), said) == (final, err)
+
+
+def test_the_line_ends_when_the_answer_breaks_off(capsys: pytest.CaptureFixture[str]) -> None:
+    with suppress(LookupError), cli.Answer(as_json=False) as answer:
+        answer.take("delta", "half")
+        raise LookupError
+    assert capsys.readouterr() == ("half\n", "")
+
+
+class Screen(io.StringIO):
+    """A terminal of one line, which keeps what it has shown."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.line, self.at = "", 0
+        self.seen: list[str] = []
+
+    def isatty(self) -> bool:
+        return True
+
+    def write(self, text: str) -> int:
+        for character in text:
+            if character == "\b":
+                self.at -= 1
+            else:
+                self.line = self.line[: self.at] + character + self.line[self.at + 1 :]
+                self.at += 1
+        self.seen.append(self.line.rstrip(" "))
+        return len(text)
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_the_seconds_are_shown_behind_the_words_and_erased(as_json: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = Screen()
+    monkeypatch.setattr(sys, "stderr", screen)
+    monkeypatch.setattr(sys, "stdout", screen)
+    clock = [0.0]
+    monkeypatch.setattr(cli.time, "monotonic", lambda: clock[0])
+    timers: list[Any] = []
+
+    class Loop:
+        def call_later(self, seconds: float, callback: Any) -> Any:
+            timers.append(callback)
+            return self
+
+        def cancel(self) -> None:
+            timers.clear()
+
+    monkeypatch.setattr(asyncio, "get_running_loop", Loop)
+    shown = []
+    with cli.Answer(as_json) as answer:
+        for at, word in ((1, ""), (2, ""), (3, ""), (10, "Hi"), (11, ""), (12.4, ""), (112, "!"), (113, "")):
+            clock[0] = at
+            timers.pop()()
+            shown.append(screen.line.rstrip(" "))
+            if word:
+                answer.take("delta", word)
+                shown.append(screen.line.rstrip(" "))
+    hi, hi_ = ("", "") if as_json else ("Hi", "Hi!")
+    expected = ["", "[2 s]", "[3 s]", "[10 s]", hi, hi, f"{hi}[12 s]", f"{hi}[112 s]", hi_, hi_]
+    assert shown == expected
+    assert screen.line.rstrip() == hi_
+    assert not timers
+
+
+AGENTS = [{"agentId": "main", "sessions": {"count": 2}}, {"agentId": "beta", "sessions": {"count": 3}}]
+ABOUT = "version   1.2, up for 1 h 2 min\ndefault   beta\n"
+
+
+def greeting(**health: Any) -> dict[str, Any]:
+    snapshot = {"health": health, "uptimeMs": 3_720_000, "sessionDefaults": {"defaultAgentId": "beta"}}
+    return {"server": {"version": "1.2"}, "snapshot": snapshot}
+
+
+@pytest.mark.parametrize(
+    ("hello", "answered", "status", "out"),
+    [
+        (
+            greeting(),
+            {"ok": True, "agents": AGENTS, "sessions": {"count": 2}},
+            0,
+            f"gateway   ws://h:1 is well\n{ABOUT}agents    main, beta\nsessions  5\n",
+        ),
+        (
+            greeting(ok=True),
+            {"ok": False, "troubles": ["the store is full", "it rains"], "agents": []},
+            1,
+            f"gateway   ws://h:1 is not well\ntrouble   the store is full; it rains\n{ABOUT}",
+        ),
+        (
+            greeting(ok=True, agents=AGENTS),
+            {"sessions": {"count": 5}, "runs": {"active": 2, "queued": 0}},
+            0,
+            f"gateway   ws://h:1 is well\n{ABOUT}agents    main, beta\nsessions  5\nruns      2 active, 0 queued\n",
+        ),
+        (
+            greeting(ok=False, troubles=["it rains"]),
+            {"runs": {"active": 0}},
+            1,
+            f"gateway   ws://h:1 is not well\ntrouble   it rains\n{ABOUT}runs      0 active\n",
+        ),
+        ({}, None, 0, "gateway   ws://h:1 is well\nversion   unknown, up for 0 h 0 min\n"),
+    ],
+)
+def test_health_for_people_and_for_scripts(
+    hello: Any, answered: Any, status: int, out: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.print_health("ws://h:1", hello, answered, as_json=False) == status
+    assert capsys.readouterr() == (out, "")
+    assert cli.print_health("ws://h:1", hello, answered, as_json=True) == status
+    assert json.loads(capsys.readouterr().out) == answered
+
+
+def test_what_the_terminal_cannot_show_does_not_end_the_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, encoding="ascii"))
+
+    def speak(options: object) -> int:
+        print("a \u00fc b \udcff")
+        return 0
+
+    assert cli.run([], {"gateway": speak}, "1.2.3") == 0
+    assert shown.getvalue() == b"a ? b ?\n"
 
 
 def test_the_log(capsys: pytest.CaptureFixture[str]) -> None:
@@ -262,6 +421,39 @@ def test_the_log(capsys: pytest.CaptureFixture[str]) -> None:
     got = json.loads(line)
     assert got.pop("time") > 1e9
     assert got == {"level": "info", "logger": "copepod.access", "message": 'a "quote"\n'}
+
+
+@pytest.mark.parametrize("form", ["text", "json"])
+def test_the_access_log(form: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The lines of a moment are written together, the first ones of the next moment later."""
+    flushes: list[Any] = []
+    monkeypatch.setattr(atexit, "register", flushes.append)
+
+    async def main() -> None:
+        write = cli.access_log(form)
+        for _ in range(2):
+            write("req_1", "127.0.0.1", "GET", "/a", 200, 12, 1.25, "main")
+        assert capsys.readouterr().err == ""
+        flushes[0]()  # as the loop's timer does, and the end of the program
+
+    asyncio.run(main())
+    first, second = capsys.readouterr().err.splitlines()
+    if form == "text":
+        assert first == second
+        assert first.endswith(" req_1 127.0.0.1 GET /a 200 12 1.2 main")
+    else:
+        got = json.loads(first)
+        assert got.pop("time") > 1e9
+        assert got == {
+            "id": "req_1",
+            "client": "127.0.0.1",
+            "method": "GET",
+            "path": "/a",
+            "status": 200,
+            "bytes": 12,
+            "ms": 1.2,
+            "agent": "main",
+        }
 
 
 def test_importing_it_is_cheap() -> None:

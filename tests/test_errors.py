@@ -223,6 +223,38 @@ def test_upstream_that_hangs_behind_its_first_word() -> None:
     run(main())
 
 
+@pytest.mark.parametrize("behind", [False, True])
+@pytest.mark.parametrize("streamed", [False, True])
+def test_run_that_an_operator_aborts(streamed: bool, behind: bool) -> None:
+    async def main() -> None:
+        begun = asyncio.Event()
+
+        async def agent(message: str) -> AsyncIterator[str]:
+            if behind:
+                yield "first"
+            begun.set()
+            await asyncio.Event().wait()
+
+        async with serving(agents={"main": agent}) as hub, await Client.open(hub.port) as client:
+            client.say(stream=streamed)
+            await within(begun.wait())
+            (active,) = hub.runs.active
+            hub.runs.stop(active, runs.RunError("cancelled", "The run was aborted."))
+            if streamed and behind:
+                assert (await client.head())[0] == 200
+                *_, error, done = [event async for event in client.events()]
+                assert checked_error(json.loads(error[6:]))["code"] == "run_aborted"
+                assert done == "data: [DONE]"
+            else:
+                row = Row(500, "server_error", "run_aborted", "The run was aborted.", repeat=False)
+                check(await client.answer(), row)
+            client.say(stream=streamed)  # the connection can go on
+            begun.clear()
+            await within(begun.wait())
+
+    run(main())
+
+
 MEASURED = {"prompt_tokens": 3, "completion_tokens": 1, "total_tokens": 4}
 NOTHING = dict.fromkeys(MEASURED, 0)
 
@@ -392,17 +424,18 @@ def test_bug_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
     run(main())
 
 
-def test_bug_of_ours_behind_the_first_word(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("where", ["take", "end"])
+def test_bug_of_ours_behind_the_first_word(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Half an answer does not look like a whole one."""
-    take = chat_completions.EventStream.take
+    right = getattr(chat_completions.EventStream, where)
 
-    def fail(self: Any, kind: str, *rest: Any) -> bool:
-        if kind == "end":
-            raise KeyError("a secret of the inside")
-        return take(self, kind, *rest)
+    def fail(self: Any, *event: Any) -> bool:
+        if where == "take":
+            right(self, *event)
+        raise KeyError("a secret of the inside")
 
     async def main() -> None:
-        monkeypatch.setattr(chat_completions.EventStream, "take", fail)
+        monkeypatch.setattr(chat_completions.EventStream, where, fail)
         async with serving() as hub, await Client.open(hub.port) as client:
             client.say(stream=True)
             assert (await client.head())[0] == 200

@@ -3,99 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import shutil
-import ssl
-import subprocess
 import time
-from collections.abc import Awaitable, Callable, Sequence
 from contextlib import aclosing
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 import http1
-from http1 import Pool, ProtocolError
-
-SECONDS = 10  # a bound, never waited for
-OK = b"HTTP/1.1 200 OK\r\n"
-HI = OK + b"Content-Length: 2\r\n\r\nhi"
-CLOSE = object()  # in a script: end the connection behind the answer
-Work = Callable[["Server", Pool], Awaitable[Any]]
-
-
-class Server:
-    """Answers the n-th request, over all connections, with the n-th entry of its script."""
-
-    def __init__(self, script: Sequence[Any], pieces: int = 1 << 20) -> None:
-        self.script, self.pieces = list(script), pieces
-        self.requests: list[bytes] = []
-        self.connections = 0
-        self.writers: list[asyncio.StreamWriter] = []
-        self.ended = asyncio.Event()  # a connection is over, from the client's side or ours
-        self.asked = asyncio.Event()
-        self.url = ""
-
-    async def handle(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self.connections += 1
-        self.writers.append(writer)
-        try:
-            while True:
-                head = await reader.readuntil(b"\r\n\r\n")
-                length = int(head.lower().partition(b"content-length: ")[2].partition(b"\r\n")[0])
-                self.requests.append(head + await reader.readexactly(length))
-                self.asked.set()
-                answer = self.script.pop(0) if self.script else b""
-                close = isinstance(answer, tuple)
-                data = answer[0] if isinstance(answer, tuple) else answer
-                for start in range(0, len(data), self.pieces):
-                    writer.write(data[start : start + self.pieces])
-                    await writer.drain()
-                    await asyncio.sleep(0)
-                if close:
-                    return
-        except (OSError, asyncio.IncompleteReadError):
-            pass
-        finally:
-            writer.close()
-            self.ended.set()
-
-
-def serve(script: Sequence[Any], work: Work, pieces: int = 1 << 20, tls: ssl.SSLContext | None = None) -> Server:
-    """Run `work` against a server; afterwards nothing is open."""
-
-    async def main() -> Server:
-        server = Server(script, pieces)
-        listener = await asyncio.start_server(server.handle, "127.0.0.1", 0, ssl=tls)
-        port = listener.sockets[0].getsockname()[1]
-        server.url = f"http{'s' if tls else ''}://{'localhost' if tls else '127.0.0.1'}:{port}"
-        pool = Pool()
-        try:
-            await asyncio.wait_for(work(server, pool), SECONDS)
-        finally:
-            pool.close()
-            assert not pool._busy
-            assert not pool._idle
-            listener.close()
-            for writer in server.writers:
-                writer.transport.abort()
-            others = asyncio.all_tasks() - {asyncio.current_task()}
-            if others:
-                await asyncio.wait(others, timeout=SECONDS)
-            await asyncio.sleep(0)
-        return server
-
-    return asyncio.run(main())
-
-
-async def fetch(server: Server, pool: Pool, method: str = "POST", body: bytes = b"{}") -> tuple[int, bytes]:
-    response = await pool.request(method, server.url + "/x", [], body)
-    try:
-        return response.status, await response.read(1 << 20)
-    finally:
-        response.close()
-
+from http1 import ProtocolError
+from scripted import CLOSE, HI, OK, Pool, Server, events_of, fetch, new_pool, serve
 
 # Answers
 
@@ -216,34 +132,6 @@ def test_broken_answer(answer: bytes) -> None:
     serve([(answer, CLOSE)], work)
 
 
-def test_nobody_listens() -> None:
-    async def main() -> None:
-        listener = await asyncio.start_server(lambda r, w: None, "127.0.0.1", 0)
-        port = listener.sockets[0].getsockname()[1]
-        listener.close()
-        await listener.wait_closed()
-        pool = Pool()
-        with pytest.raises(OSError, match=r"."):
-            await pool.request("GET", f"http://127.0.0.1:{port}/", [], b"")
-        assert not pool._busy
-
-    asyncio.run(main())
-
-
-def test_connecting_takes_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def never(*_: object, **__: object) -> None:
-        await asyncio.Event().wait()
-
-    monkeypatch.setattr(asyncio, "open_connection", never)
-    monkeypatch.setattr(http1, "CONNECT_SECONDS", 0.01)
-
-    async def main() -> None:
-        with pytest.raises(ConnectionError, match="too long"):
-            await Pool().request("GET", "http://127.0.0.1/", [], b"")
-
-    asyncio.run(main())
-
-
 # Requests
 
 
@@ -270,7 +158,7 @@ def test_request_bytes(path: str, line: bytes) -> None:
 )  # fmt: skip
 def test_bad_url(url: str) -> None:
     with pytest.raises(ValueError, match="URL"):
-        asyncio.run(Pool().request("GET", url, [], b""))
+        asyncio.run(new_pool().request("GET", url, [], b""))
 
 
 @pytest.mark.parametrize("bad", ["\r\nX: y", "\r", "\n", "\0"])
@@ -291,14 +179,6 @@ def test_injection_is_refused(bad: str) -> None:
 
 
 # Events
-
-
-async def events_of(server: Server, pool: Pool) -> list[str]:
-    response = await pool.request("POST", server.url, [], b"")
-    try:
-        return [event async for event in response.events()]
-    finally:
-        response.close()
 
 
 EVENTS: list[tuple[str, bytes, list[str]]] = [
@@ -404,236 +284,3 @@ def test_an_event_of_many_lines_takes_linear_time() -> None:
 
     line, count = b"data: x\n", 10_000
     serve([(OK + b"\r\n" + end * count, CLOSE) for end in (line + b"\n", line)], work)
-
-
-# Connections
-
-
-def test_a_connection_is_used_again() -> None:
-    script = [
-        HI,
-        OK + b"Transfer-Encoding: chunked\r\n\r\n2\r\nhi\r\n0\r\n\r\n",
-        b"HTTP/1.1 204 No Content\r\n\r\n",
-        HI,
-    ]
-
-    async def work(server: Server, pool: Pool) -> None:
-        for expected in (b"hi", b"hi", b"", b"hi"):
-            assert (await fetch(server, pool))[1] == expected
-        assert server.connections == 1
-
-    serve(script, work)
-
-
-@pytest.mark.parametrize(
-    ("answer", "why"),
-    [
-        (OK + b"Connection: close\r\nContent-Length: 2\r\n\r\nhi", "told so"),
-        (OK + b"Connection: x, Close\r\nContent-Length: 2\r\n\r\nhi", "told so, among others"),
-        (b"HTTP/1.0 200 OK\r\nContent-Length: 2\r\n\r\nhi", "HTTP/1.0"),
-        (b"HTTP/1.0 200 OK\r\nConnection: keep-alive\r\nContent-Length: 2\r\n\r\nhi", "HTTP/1.0"),
-        ((OK + b"\r\nhi", CLOSE), "its end is the body's"),
-    ],
-)
-def test_a_connection_is_not_used_again(answer: Any, why: str) -> None:
-    async def work(server: Server, pool: Pool) -> None:
-        for _ in range(2):
-            assert await fetch(server, pool) == (200, b"hi")
-        assert server.connections == 2, why
-
-    serve([answer, HI], work)
-
-
-def test_a_connection_that_the_server_ended_is_not_used_again() -> None:
-    async def work(server: Server, pool: Pool) -> None:
-        assert await fetch(server, pool) == (200, b"hi")
-        await server.ended.wait()
-        (idle,) = pool._idle.values()
-        while not idle[0][1].reader.at_eof():
-            await asyncio.sleep(0)
-        assert await fetch(server, pool) == (200, b"hi")
-        assert server.connections == 2
-
-    serve([(HI, CLOSE), HI], work)
-
-
-@pytest.mark.parametrize("read", [False, True])
-def test_an_answer_that_was_not_read_ends_its_connection(read: bool) -> None:
-    async def work(server: Server, pool: Pool) -> None:
-        response = await pool.request("GET", server.url, [], b"")
-        if read:
-            async with aclosing(response.pieces()) as pieces:
-                async for piece in pieces:
-                    assert piece == b"h"  # the rest is to come
-                    break
-        response.close()
-        await server.ended.wait()
-        assert await fetch(server, pool) == (200, b"hi")
-        assert server.connections == 2
-
-    serve([OK + b"Transfer-Encoding: chunked\r\n\r\n1\r\nh\r\n", HI], work)
-
-
-EXTRA = [
-    pytest.param("HEAD", HI, id="HEAD with a body"),
-    pytest.param("POST", b"HTTP/1.1 204 x\r\nContent-Length: 2\r\n\r\nhi", id="204 with a body"),
-    pytest.param("POST", HI + b"HTTP/1.1 408 Request Timeout\r\nContent-Length: 0\r\n\r\n", id="408 while idle"),
-]
-
-
-@pytest.mark.parametrize(("method", "answer"), EXTRA)
-def test_a_connection_with_bytes_left_is_not_used_again(method: str, answer: bytes) -> None:
-    async def work(server: Server, pool: Pool) -> None:
-        await fetch(server, pool, method)
-        assert await fetch(server, pool) == (200, b"hi")
-        assert server.connections == 2
-
-    serve([answer, HI], work)
-
-
-def test_idle_connections_have_their_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    moment = [1000.0]
-    monkeypatch.setattr(http1, "time", SimpleNamespace(monotonic=lambda: moment[0]))
-
-    async def work(server: Server, pool: Pool) -> None:
-        await fetch(server, pool)
-        pool.sweep()
-        assert len(pool._idle) == 1
-        moment[0] += http1.IDLE_SECONDS + 1
-        await fetch(server, pool)
-        assert server.connections == 2
-        await server.ended.wait()
-        server.ended.clear()
-        moment[0] += http1.IDLE_SECONDS + 1
-        pool.sweep()
-        assert not pool._idle
-        await server.ended.wait()
-
-    serve([HI, HI], work)
-
-
-def test_sweep_drops_what_its_server_ended() -> None:
-    async def work(server: Server, pool: Pool) -> None:
-        await fetch(server, pool)
-        (idle,) = pool._idle.values()
-        while not idle[0][1].reader.at_eof():
-            await asyncio.sleep(0)
-        pool.sweep()
-        assert not pool._idle
-
-    serve([(HI, CLOSE)], work)
-
-
-def test_many_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http1, "MAX_IDLE", 2)
-
-    async def work(server: Server, pool: Pool) -> None:
-        responses = await asyncio.gather(*(pool.request("GET", server.url, [], b"") for _ in range(5)))
-        assert len(pool._busy) == server.connections == 5
-        for response in responses:
-            assert await response.read(9) == b"hi"
-            response.close()
-        assert [len(idle) for idle in pool._idle.values()] == [2]
-
-    serve([HI] * 5, work)
-
-
-def test_close_drops_what_is_in_use() -> None:
-    async def work(server: Server, pool: Pool) -> None:
-        response = await pool.request("GET", server.url, [], b"")
-        pool.close()
-        await server.ended.wait()
-        with pytest.raises(OSError, match=r"."):
-            await response.read(9)
-        response.close()
-        assert not pool._idle
-
-    serve([OK + b"Content-Length: 5\r\n\r\n"], work)
-
-
-@pytest.mark.parametrize("begun", [b"", OK, OK + b"Transfer-Encoding: chunked\r\n\r\n1\r\nh\r\n"])
-def test_cancel_ends_the_connection(begun: bytes) -> None:
-    async def work(server: Server, pool: Pool) -> None:
-        task = asyncio.create_task(fetch(server, pool))
-        await server.asked.wait()
-        for _ in range(20):
-            await asyncio.sleep(0)
-        start = time.monotonic()
-        task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await task
-        await server.ended.wait()
-        assert time.monotonic() - start < 2
-        assert not pool._busy
-
-    serve([begun], work)
-
-
-# TLS
-
-
-@pytest.fixture(scope="module")
-def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    openssl = shutil.which("openssl")
-    if openssl is None:
-        pytest.skip("needs the openssl program")
-    folder = tmp_path_factory.mktemp("tls")
-    cert, key = folder / "cert.pem", folder / "key.pem"
-    command = [openssl, "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
-    command += ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost", "-days", "2"]
-    command += ["-addext", "keyUsage=critical,digitalSignature,keyCertSign", "-keyout", str(key), "-out", str(cert)]
-    subprocess.run(command, check=True, capture_output=True, timeout=60)
-    return cert, key
-
-
-def server_context(certificate: tuple[Path, Path]) -> ssl.SSLContext:
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(*certificate)
-    return context
-
-
-def test_tls(certificate: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SSL_CERT_FILE", str(certificate[0]))
-    script = [HI, OK + b"Transfer-Encoding: chunked\r\n\r\n" + http1.chunk(b"data: a\n\n") + http1.LAST_CHUNK]
-
-    async def work(server: Server, pool: Pool) -> None:
-        assert await fetch(server, pool) == (200, b"hi")
-        assert await events_of(server, pool) == ["a"]
-        assert server.connections == 1
-
-    serve(script, work, tls=server_context(certificate))
-
-
-@pytest.mark.parametrize("trusted", [False, True])
-def test_tls_refuses(certificate: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, trusted: bool) -> None:
-    if trusted:  # but for another name
-        monkeypatch.setenv("SSL_CERT_FILE", str(certificate[0]))
-
-    async def work(server: Server, pool: Pool) -> None:
-        if trusted:
-            server.url = server.url.replace("localhost", "127.0.0.1")
-        with pytest.raises(ssl.SSLCertVerificationError) as error:
-            await fetch(server, pool)
-        assert isinstance(error.value, OSError)
-        assert not pool._busy
-        assert not server.requests
-
-    serve([HI], work, tls=server_context(certificate))
-
-
-def test_no_tls_where_it_is_asked_for() -> None:
-    async def main() -> None:
-        async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            await reader.read(1)
-            writer.write(HI)
-            writer.close()
-
-        listener = await asyncio.start_server(handle, "127.0.0.1", 0)
-        pool = Pool()
-        with pytest.raises(ssl.SSLError):
-            await pool.request("GET", f"https://127.0.0.1:{listener.sockets[0].getsockname()[1]}/", [], b"")
-        assert not pool._busy
-        listener.close()
-        await listener.wait_closed()
-
-    asyncio.run(main())

@@ -6,13 +6,12 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import aclosing
 from typing import Any
 
 import pytest
 
 import runs as module
-from runs import CANCELLED, Run, RunError, Runs, failure, final, undoubled
+from runs import CANCELLED, Run, RunError, Runs, failure, undoubled
 
 SECONDS = 10  # a bound, never waited for
 QUEUED = ("accepted", "start")  # these are told to observers
@@ -30,10 +29,10 @@ def assistant(text: str) -> dict[str, Any]:
     return {"role": "assistant", "content": text}
 
 
-def says(*items: Item | Exception) -> Provider:
+def says(*items: Item | BaseException) -> Provider:
     async def provider(turn: dict[str, Any]) -> AsyncIterator[Item]:
         for item in items:
-            if isinstance(item, Exception):
+            if isinstance(item, BaseException):
                 raise item
             yield item
 
@@ -67,7 +66,7 @@ class Desk(Runs):
     """Runs with a store in a dict, an observer, and tasks that take events."""
 
     def __init__(self, max_concurrent: int = 64) -> None:
-        super().__init__(max_concurrent, self.load, self.save)
+        super().__init__(max_concurrent, self.load, self.save, self.check)
         self.told: list[tuple[Run, str, Any]] = []
         self.observers.append(lambda run, event: self.told.append((run, *event)))
         self.transcript: list[dict[str, Any]] = []
@@ -85,9 +84,18 @@ class Desk(Runs):
             raise OSError("disk full")
         self.saved.append((agent, key, session, messages, model, usage))
 
+    def check(self, item: object) -> Item | None:
+        if isinstance(item, str | dict):
+            return item
+        raise RunError("internal", "what is this?", taken=True)
+
     async def take(self, run: Run) -> list[tuple[str, Any]]:
-        async with aclosing(self.events(run)) as events:
-            return [event async for event in events if event[0] not in QUEUED]
+        taken: list[tuple[str, Any]] = []
+        last = await self.drive(run, lambda kind, data: taken.append((kind, data)) or False)  # type: ignore[func-returns-value]
+        events = [(kind, data) for who, kind, data in self.told if who is run and kind not in QUEUED]
+        assert events[-1] == last
+        assert taken == [event for event in events if event[0] in ("delta", "tool")]
+        return events
 
     def begin(self, run: Run) -> asyncio.Task[list[tuple[str, Any]]]:
         self.accept(run)
@@ -152,7 +160,7 @@ def test_events_in_order() -> None:
 def test_nothing_measured_is_not_told() -> None:
     async def work(desk: Desk) -> None:
         assert await desk.begin(make(says())) == [("end", "stop")]
-        assert await desk.begin(make(says({"usage": {}}, "x"))) == [("delta", "x"), ("end", "stop")]
+        assert await desk.begin(make(says("", "x"))) == [("delta", "x"), ("end", "stop")]
 
     play(work)
 
@@ -182,27 +190,6 @@ def test_the_turn() -> None:
 def test_ids() -> None:
     assert make().id != make().id
     assert Run("a", "k", "", [], [], timeout=1, stored=False, run_id="mine").id == "mine"
-
-
-def test_final() -> None:
-    async def work(desk: Desk) -> None:
-        run = make(says("a", "b", {"usage": {"prompt_tokens": 1, "completion_tokens": 2}}))
-        await desk.begin(run)
-        payload = final(run)
-        assert payload.pop("runId") == run.id
-        result = payload.pop("result")
-        assert payload == {"status": "ok", "summary": "completed"}
-        assert result["payloads"] == [{"text": "ab", "mediaUrl": None}]
-        meta = result["meta"]
-        assert 0 <= meta["durationMs"] < 10_000
-        assert meta["aborted"] is False
-        usage = {"input": 1, "output": 2, "cacheRead": 0, "cacheWrite": 0, "total": 3}
-        session = run.turn["session_id"]
-        assert meta["agentMeta"] == {"sessionId": session, "provider": "p1", "model": "m1", "usage": usage}
-        error = {"kind": "timeout", "message": "Too long."}
-        assert final(run, error) == {"runId": run.id, "status": "error", "summary": "Too long."}
-
-    play(work)
 
 
 def test_a_provider_that_cannot_be_closed() -> None:
@@ -429,46 +416,71 @@ def test_cancel_while_running() -> None:
     play(work)
 
 
-@pytest.mark.parametrize("how", ["cancel", "close"])
-def test_left_while_the_taker_is_elsewhere(how: str) -> None:
+class Reader:
+    """What takes a run's words and is slow at the first one, until it may go on, or breaks."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.error, self.words = error, list[Any]()
+        self.reached, self.go_on = asyncio.Event(), asyncio.Event()
+
+    def take(self, kind: str, data: Any) -> bool:
+        self.words.append(data)
+        return len(self.words) == 1
+
+    async def drain(self) -> None:
+        self.reached.set()
+        await self.go_on.wait()
+        if self.error is not None:
+            raise self.error
+
+
+def test_the_agent_rests_while_its_reader_is_slow() -> None:
     async def work(desk: Desk) -> None:
-        provider, taken = Waits("word"), asyncio.Event()
-        run = make(provider)
+        said: list[str] = []
 
-        async def taker() -> None:
-            async with aclosing(desk.events(run)) as events:
-                async for kind, _ in events:
-                    if kind == "delta":
-                        taken.set()
-                        if how == "close":
-                            return
-                        await asyncio.Event().wait()
+        async def provider(turn: dict[str, Any]) -> AsyncIterator[Item]:
+            for word in "abc":
+                said.append(word)
+                yield word
 
+        reader, run = Reader(), make(provider)
         desk.accept(run)
-        task = asyncio.create_task(taker())
-        await taken.wait()
-        if how == "cancel":
-            await cancel(task)
-        else:
-            await task
-        assert provider.closed.is_set()
-        assert run not in desk.active
-        assert desk.told[-1] == (run, *CANCELLED)
+        task = asyncio.create_task(desk.drive(run, reader.take, reader.drain))
+        await reader.reached.wait()
+        await settle()
+        assert said == ["a"]
+        reader.go_on.set()
+        assert await task == ("end", "stop")
+        assert reader.words == said == ["a", "b", "c"]
 
     play(work)
 
 
-def test_close_behind_the_end_tells_nothing_more() -> None:
+@pytest.mark.parametrize("stopped", [False, True])
+@pytest.mark.parametrize("how", ["cancel", "break", "broken take"])
+def test_left_while_its_reader_is_slow(how: str, stopped: bool) -> None:
     async def work(desk: Desk) -> None:
-        for provider, last in ((says("x"), "end"), (says(RunError("upstream", "no")), "error")):
-            run = make(provider)
-            desk.accept(run)
-            async with aclosing(desk.events(run)) as events:
-                async for kind, _ in events:
-                    if kind == last:
-                        break
-            assert desk.told_of(run).count("error") == (last == "error")
-            assert desk.told_of(run)[-1] == last
+        def broken(kind: str, data: Any) -> bool:
+            reader.reached.set()
+            raise BrokenPipeError
+
+        provider, reader = Waits("word"), Reader(ConnectionResetError())
+        run = make(provider, says("never"))
+        desk.accept(run)
+        task = asyncio.create_task(desk.drive(run, broken if how == "broken take" else reader.take, reader.drain))
+        await reader.reached.wait()
+        if stopped:
+            desk.stop(run, ABORTED)
+        if how == "cancel":
+            await cancel(task)
+        else:
+            reader.go_on.set()
+            with pytest.raises((ConnectionResetError, BrokenPipeError)):
+                await task
+        assert provider.closed.is_set()
+        assert run not in desk.active
+        assert desk.told_of(run) == ["accepted", "start", "delta", "error"]
+        assert desk.told[-1] == (run, *CANCELLED)
 
     play(work)
 
@@ -477,9 +489,181 @@ def test_release_before_the_first_event() -> None:
     async def work(desk: Desk) -> None:
         run = make(says("x"))
         desk.accept(run)
-        await desk.events(run).aclose()  # which never began
         desk.release(run)
         assert run not in desk.active
+
+    play(work)
+
+
+# Stopping
+
+
+ABORTED = RunError("cancelled", "The run was aborted.")
+ABORT = ("error", {"kind": "cancelled", "message": "The run was aborted.", "retry_after": None, "taken": False})
+
+
+@pytest.mark.parametrize("key", ["k", "other"])  # it waits in its lane, or for a place
+@pytest.mark.parametrize("driven", [True, False])
+def test_stop_while_queued(key: str, driven: bool) -> None:
+    async def work(desk: Desk) -> None:
+        first, run = Waits(), make(says("never"), key=key)
+        before = desk.begin(make(first))
+        await first.begun.wait()
+        task = desk.begin(run)
+        if driven:
+            await settle()
+        desk.stop(run, ABORTED)
+        assert await task == [ABORT]
+        assert desk.told_of(run) == ["accepted", "error"]
+        assert run not in desk.active
+        first.go_on.set()
+        await before
+
+    play(work, max_concurrent=1)
+
+
+def test_stop_in_the_tick_of_its_turn() -> None:
+    async def work(desk: Desk) -> None:
+        first, run = make(says()), make(says("never"))
+        desk.accept(first)
+        task = desk.begin(run)
+        await settle()
+        desk.release(first)
+        desk.stop(run, ABORTED)
+        assert await task == [ABORT]
+        assert desk.told_of(run) == ["accepted", "error"]
+
+    play(work)
+
+
+def test_stop_before_it_is_driven() -> None:
+    async def work(desk: Desk) -> None:
+        run = make(says("never"))
+        desk.accept(run)
+        assert run.placed
+        desk.stop(run, ABORTED)
+        assert await desk.take(run) == [ABORT]
+
+    play(work)
+
+
+@pytest.mark.parametrize("first", [(), ("word",), ("one", "two"), ({"tool": {}},)])
+def test_stop_while_running(first: tuple[Item, ...]) -> None:
+    async def work(desk: Desk) -> None:
+        provider = Waits(*first)
+        run = make(provider, says("never"), stored=True)
+        task = desk.begin(run)
+        await provider.begun.wait()
+        desk.stop(run, ABORTED)
+        desk.stop(run, RunError("timeout", "the first one counts"))
+        assert (await task)[len(first) :] == [ABORT]
+        assert provider.closed.is_set()
+        assert desk.told_of(run).count("error") == 1
+        assert desk.told_of(run)[-1] == "error"
+        assert task.cancelling() == 0
+        assert not desk.saved
+        desk.stop(run, ABORTED)  # it has ended
+        assert desk.told_of(run).count("error") == 1
+
+    play(work)
+
+
+def test_stop_while_its_reader_is_slow() -> None:
+    async def work(desk: Desk) -> None:
+        closed = asyncio.Event()
+
+        async def provider(turn: dict[str, Any]) -> AsyncIterator[Item]:
+            try:
+                yield "a"
+                yield "b"
+            finally:
+                closed.set()
+
+        for error, expected in ((ABORTED, ABORT), (None, TIMEOUT)):
+            closed.clear()
+            reader, run = Reader(), make(provider)
+            desk.accept(run)
+            task = asyncio.create_task(desk.drive(run, reader.take, reader.drain))
+            await reader.reached.wait()
+            if error is not None:
+                desk.stop(run, error)
+            else:
+                desk.expire(run)
+            await settle()
+            assert not task.cancelling()  # its slow reader has a deadline of its own
+            assert not closed.is_set()
+            reader.go_on.set()
+            assert await task == expected
+            assert reader.words == ["a"]
+            assert closed.is_set()
+
+    play(work)
+
+
+def test_stop_what_then_ends_by_itself() -> None:
+    async def provider(turn: dict[str, Any]) -> AsyncIterator[Item]:
+        yield "a"
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            return
+
+    async def work(desk: Desk) -> None:
+        run = make(provider, stored=True)
+        task = desk.begin(run)
+        await settle()
+        desk.stop(run, ABORTED)
+        assert await task == [("delta", "a"), ABORT]
+        assert not desk.saved
+
+    play(work)
+
+
+def test_stop_while_storing() -> None:
+    async def work(desk: Desk) -> None:
+        saving = asyncio.Event()
+
+        async def save(*_: Any, **__: Any) -> None:
+            saving.set()
+            try:
+                await asyncio.Event().wait()
+            except asyncio.CancelledError:
+                if swallows:
+                    return  # it was written after all
+                raise
+
+        desk._save = save
+        for swallows in (False, True):
+            saving.clear()
+            task = desk.begin(make(says("x"), stored=True))
+            await saving.wait()
+            desk.stop(next(iter(desk.active)), ABORTED)
+            assert await task == [("delta", "x"), ("end", "stop") if swallows else ABORT]
+            assert task.cancelling() == 0
+
+    play(work)
+
+
+def test_stop_what_has_ended() -> None:
+    async def work(desk: Desk) -> None:
+        run = make(says("x"))
+        desk.stop(run, ABORTED)  # it was never accepted
+        desk.accept(run)
+        assert await desk.take(run) == [("delta", "x"), ("end", "stop")]
+        desk.stop(run, ABORTED)
+        assert run.stopping is None
+        assert desk.told_of(run) == ["accepted", "start", "delta", "end"]
+
+    play(work)
+
+
+def test_stop_from_within() -> None:
+    async def work(desk: Desk) -> None:
+        run = make(says("a", "b"))
+        desk.observers.append(lambda run, event: desk.stop(run, ABORTED) if event[0] == "delta" else None)
+        task = desk.begin(run)
+        assert await task == [("delta", "a"), ABORT]
+        assert task.cancelling() == 0
 
     play(work)
 
@@ -495,7 +679,7 @@ def test_timeout_while_running(first: tuple[Item, ...]) -> None:
         task = desk.begin(run)
         await provider.begun.wait()
         desk.sweep()
-        assert not run.expired
+        assert run.stopping is None
         desk.expire(run)
         assert (await task)[len(first) :] == [TIMEOUT]
         assert provider.closed.is_set()
@@ -522,50 +706,13 @@ def test_timeout_while_queued(key: str) -> None:
     play(work, max_concurrent=1)
 
 
-def test_timeout_while_the_taker_is_elsewhere() -> None:
-    async def work(desk: Desk) -> None:
-        taken, back = asyncio.Event(), asyncio.Event()
-        closed = asyncio.Event()
-        events: list[Any] = []
-
-        async def provider(turn: dict[str, Any]) -> AsyncIterator[Item]:
-            try:
-                yield "a"
-                yield "b"
-            finally:
-                closed.set()
-
-        async def taker() -> None:
-            async with aclosing(desk.events(run)) as iterator:
-                async for event in iterator:
-                    events.append(event)
-                    if event[0] == "delta":
-                        taken.set()
-                        await back.wait()
-
-        run = make(provider)
-        desk.accept(run)
-        task = asyncio.create_task(taker())
-        await taken.wait()
-        desk.expire(run)
-        await settle()
-        assert not task.cancelling()  # its slow reader has a deadline of its own
-        back.set()
-        await task
-        assert events[-2:] == [("delta", "a"), TIMEOUT]
-        assert closed.is_set()
-
-    play(work)
-
-
 def test_timeout_of_what_nobody_takes() -> None:
     async def work(desk: Desk) -> None:
         run = make(says("x"))
         desk.accept(run)
         desk.expire(run)
-        assert run.expired
+        assert run.stopping is not None
         assert run.deadline > time.monotonic()
-        desk.events(run)
         desk.expire(run)
         desk.release(run)
 
@@ -724,24 +871,76 @@ def test_a_fallback_begins_anew() -> None:
 )
 def test_kinds(kind: str) -> None:
     class Other(Exception):
-        """Any error with a kind is taken as it is."""
+        """Any error that has what RunError has is taken as it is."""
+
+        retry_after, taken = 3, True
 
     other = Other("plain words")
     other.kind = kind  # type: ignore[attr-defined]
-    for error in (RunError(kind, "plain words"), other):
-        assert failure(error) == {"kind": kind, "message": "plain words", "retry_after": None, "taken": False}
+    for error in (RunError(kind, "plain words", retry_after=3, taken=True), other):
+        assert failure(make(), error) == {"kind": kind, "message": "plain words", "retry_after": 3, "taken": True}
 
 
-def test_a_bug_is_logged_and_not_told(caplog: pytest.LogCaptureFixture) -> None:
+class Odd(Exception):
+    """An error of somebody's own, with a kind of its own."""
+
+    kind = "odd"
+
+
+@pytest.mark.parametrize(
+    "error", [KeyError("/secret/path"), Odd("/secret/path"), SystemExit("/secret/path"), asyncio.CancelledError()]
+)
+@pytest.mark.parametrize("first", [(), ("x",)])
+def test_an_agents_own_error_is_logged_and_not_told(
+    caplog: pytest.LogCaptureFixture, error: BaseException, first: tuple[Item, ...]
+) -> None:
     async def work(desk: Desk) -> None:
-        run = make(says("x", KeyError("/secret/path")))
-        *_, (kind, error) = await desk.begin(run)
-        assert (kind, error["kind"], error["taken"]) == ("error", "internal", True)
-        assert "secret" not in str(error)
+        def at_once(turn: dict[str, Any]) -> AsyncIterator[Item]:
+            raise error
+
+        for provider in (says(*first, error), at_once):
+            caplog.clear()
+            run = make(provider)
+            *_, (kind, told) = await desk.begin(run)
+            expected = {"kind": "internal", "message": "the agent failed", "retry_after": None, "taken": True}
+            assert (kind, told) == ("error", expected)
+            (record,) = caplog.records
+            assert record.getMessage() == f"run {run.id}: the agent failed"
+            assert record.exc_info is not None
+            assert record.exc_info[1] is error
+        if not first:
+            assert await desk.begin(make(at_once, says("y"))) == [("delta", "y"), ("end", "stop")]
 
     with caplog.at_level(logging.ERROR, "copepod"):
         play(work)
-    assert "/secret/path" in caplog.text
+
+
+def test_what_is_no_plain_text_is_checked() -> None:
+    async def work(desk: Desk) -> None:
+        assert await desk.begin(make(says("ä", ""))) == [("delta", "ä"), ("end", "stop")]
+        word, (kind, error) = await desk.begin(make(says("ä", 5), says("never")))  # type: ignore[arg-type]
+        assert word == ("delta", "ä")
+        assert (kind, error["message"]) == ("error", "what is this?")
+
+    play(work)
+
+
+def test_a_close_that_breaks_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    async def provider(turn: dict[str, Any]) -> AsyncIterator[Item]:
+        try:
+            yield "x" * 11
+        finally:
+            raise RuntimeError("close broke")
+
+    async def work(desk: Desk) -> None:
+        run = make(provider)
+        run.room = 10
+        ((_, error),) = await desk.begin(run)
+        assert "too long" in error["message"]
+
+    play(work)
+    (record,) = caplog.records
+    assert "while it was closed" in record.getMessage()
 
 
 def test_a_close_that_breaks_is_an_error() -> None:
@@ -818,7 +1017,7 @@ def test_stored() -> None:
         await desk.begin(run)
         assert seen == [("session of ag key", [U("a"), A("b"), U("c")]), 1, 1]  # committed before the end is told
         assert desk.saved == [("ag", "key", "session of ag key", [U("c"), A("answer")], "m", USAGE)]
-        assert final(run)["result"]["meta"]["agentMeta"]["sessionId"] == "session of ag key"
+        assert run.turn["session_id"] == "session of ag key"
 
     play(work)
 

@@ -1,0 +1,544 @@
+"""The gateway's WebSocket protocol, version 3: connect, requests, answers, what a client may do."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import time
+from collections.abc import Awaitable, Callable, Collection, Mapping
+from typing import TYPE_CHECKING, Any, Protocol
+
+PROTOCOL = 3
+MAX_PAYLOAD = 512 * 1024  # bytes of a message, as the family's
+MAX_BUFFERED = 3 * MAX_PAYLOAD  # bytes that a slow client may leave with us, as the family's
+HEALTH_SECONDS = 60.0  # between two events of health, as in the family
+TICK_SECONDS = 30.0  # between two ticks, and two pings; the family's command line gives up after two that are missing
+HANDSHAKE_SECONDS = 10.0
+SILENCE_SECONDS = 65.0  # of a client that does not even answer pings
+MAX_WAITS = 64  # `agent.wait`s of one connection at once
+WAIT_MS = 30_000  # of an `agent.wait` that says nothing
+SHOWN = 100  # clients in a list of presence
+
+READ, WRITE, ADMIN = "operator.read", "operator.write", "operator.admin"
+EVENTS = ("connect.challenge", "agent", "chat", "presence", "tick", "health", "shutdown")
+CHANNELS = {  # the family's: its command line names one even when nothing is delivered
+    "", "last", "webchat", "whatsapp", "telegram", "discord", "slack", "signal", "imessage", "msteams", "matrix",
+    "line", "googlechat", "mattermost", "zalo",
+}  # fmt: skip
+
+INVALID, UNAVAILABLE = "INVALID_REQUEST", "UNAVAILABLE"
+POLICY, PROTOCOL_ERROR, RESTART = 1008, 1002, 1012  # close codes, RFC 6455 7.4.1 and the registry
+
+Dict = dict[str, Any]
+Answer = dict[str, Any] | list[Any] | None  # a payload
+LATER: Dict = {}  # of a method that answers by itself
+Handler = Callable[["Client", str, Dict], Awaitable[Answer]]
+
+log = logging.getLogger("copepod")
+encode: Callable[[Any], str] = json.JSONEncoder(separators=(",", ":")).encode
+
+
+if TYPE_CHECKING:
+
+    class Run(Protocol):
+        """What is looked at of a run."""
+
+        id: str
+        agent_id: str
+        session_key: str
+
+    class Job(Protocol):
+        """A run that was asked for by an idempotency key."""
+
+        accepted_at: int  # ms since the epoch
+        payload: Dict | None  # of the last answer, once the run has ended
+        error: Dict | None  # of the last answer; None: it went well
+        then: list[Callable[[Any], None]]  # who is told of the end
+
+        @property
+        def run(self) -> Any: ...
+        def waited(self) -> Dict: ...
+
+    class Jobs(Protocol):
+        """Those runs."""
+
+        def get(self, key: str) -> Any: ...  # Job | None
+        def add(self, run: Any) -> Any: ...  # Job
+        def wait(self, run_id: str, seconds: float, then: Callable[[Any], None]) -> Callable[[], None]: ...
+
+    class Verdict(Protocol):
+        """Whether a caller is let in."""
+
+        @property
+        def ok(self) -> bool: ...
+        @property
+        def retry_after(self) -> int: ...
+        @property
+        def missing(self) -> bool: ...
+
+    class Socket(Protocol):
+        """A WebSocket. `post` sends at once, and closes a peer that leaves too much unread."""
+
+        on_activity: Callable[[], None] | None
+
+        async def receive(self) -> str | bytes | None: ...
+        def post(self, text: bytes) -> None: ...
+        def ping(self) -> None: ...
+        def close(self, code: int, reason: str) -> None: ...
+        def abort(self) -> None: ...
+
+    class Hub(Protocol):
+        """What the gateway gives: its configuration as it is now, and the one way into an agent."""
+
+        @property
+        def version(self) -> str: ...
+        @property
+        def mode(self) -> str: ...  # of auth
+        @property
+        def default_agent(self) -> str: ...
+        @property
+        def agents(self) -> Mapping[str, str]: ...  # their names ("" where none) by id
+
+        def admit(self, given: str | None, client: str, fields: Mapping[str, str]) -> Verdict: ...
+        def parse(self, message: str | bytes) -> Dict: ...
+        def accept(self, agent: str, key: str, message: str, *, system: str, run_id: str, timeout: float) -> Any: ...
+        def stop(self, run: Any, reason: str) -> None: ...
+        def active(self) -> Collection[Run]: ...
+        async def find(self, session_id: str) -> tuple[str, str] | None: ...  # a stored session's agent and key
+
+    class Events(Protocol):
+        """Who hears what happens."""
+
+        def join(self, member: Callable[[bytes], None]) -> None: ...
+        def leave(self, member: Callable[[bytes], None]) -> None: ...
+        def tell(self, event: str, payload: Any, **more: Any) -> None: ...
+
+
+class Refusal(Exception):
+    """A request is answered with this error; `more` is its `details`, `retryable` or `retryAfterMs`."""
+
+    def __init__(self, code: str, message: str, **more: Any) -> None:
+        super().__init__(message)
+        self.error = {"code": code, "message": message, **more}
+
+
+class Client:
+    """One connection."""
+
+    def __init__(self, socket: Socket, address: str, fields: Mapping[str, str], now: float) -> None:
+        self.socket, self.address, self.fields = socket, address, fields
+        self.id = _new_id()
+        self.opened = self.pinged = now
+        self.alive = True  # something has come since the last ping
+        self.silent_since = now
+        self.connected = False
+        self.seq = 0
+        self.role = "operator"
+        self.scopes: frozenset[str] = frozenset()
+        self.about: Dict = {}  # for the list of presence
+        self.waits: set[Callable[[], None]] = set()  # each calls one off
+
+    def hear(self) -> None:
+        self.alive = True
+
+    @property
+    def listed(self) -> bool:
+        """Whether it is present to the others; a command of the command line is gone before anyone has read of it."""
+        return self.connected and self.about["mode"] != "cli"
+
+    def may(self, scope: str) -> bool:
+        return scope in self.scopes or ADMIN in self.scopes
+
+    def push(self, event: bytes) -> None:
+        """Send an event, JSON that lacks its number and its closing brace."""
+        self.seq += 1
+        self.socket.post(b'%b,"seq":%d}' % (event, self.seq))
+
+    def send(self, frame: Dict) -> None:
+        self.socket.post(encode(frame).encode())
+
+    def answer(self, id: str, payload: Answer) -> None:
+        self.send({"type": "res", "id": id, "ok": True, "payload": payload})
+
+    def refuse(self, id: str | None, error: Dict, payload: Dict | None = None) -> None:
+        told = {} if payload is None else {"payload": payload}
+        self.send({"type": "res", "id": id, "ok": False, **told, "error": error})
+
+    def end(self, id: str, job: Job) -> None:
+        """Send the last answer to a request for a run."""
+        if job.error is None:
+            self.answer(id, job.payload)
+        else:
+            self.refuse(id, job.error, job.payload)
+
+
+def _new_id() -> str:
+    text = os.urandom(16).hex()
+    return f"{text[:8]}-{text[8:12]}-4{text[13:16]}-8{text[17:20]}-{text[20:]}"  # RFC 9562 5.4
+
+
+def _now_ms() -> int:
+    return int(time.time() * 1000)
+
+
+class Control:
+    """Serves the clients of the protocol.
+
+    `problem(name, value)` says what is wrong with a method's parameters, or "". `reports` are the methods that only
+    tell or change what is stored: called with the parameters, and with (agent, key) where a session is meant.
+    """
+
+    def __init__(
+        self,
+        hub: Hub,
+        jobs: Jobs,
+        events: Events,
+        problem: Callable[[str, Any], str],
+        reports: Mapping[str, Callable[..., Awaitable[Any]]],
+    ) -> None:
+        self._hub, self._jobs, self._events, self._problem, self._reports = hub, jobs, events, problem, reports
+        self._clients: set[Client] = set()
+        self._presence, self._changed = 1, False  # the number of its state, and whether it must be told
+        self._begun = self._health_told = time.monotonic()
+        self.closing = False
+        self._telling: asyncio.Task[None] | None = None  # of the health
+        self._methods: dict[str, tuple[str, Handler]] = {
+            "agent": (WRITE, self._agent),
+            "agent.wait": (READ, self._agent_wait),
+            "agent.identity.get": (READ, self._identity),
+            "chat.send": (WRITE, self._chat_send),
+            "chat.abort": (WRITE, self._chat_abort),
+            "chat.history": (READ, self._report_of_session("chat.history", of="sessionKey")),
+            "sessions.preview": (READ, self._report_of_session("sessions.preview", of="keys")),
+            "sessions.reset": (WRITE, self._report_of_session("sessions.reset", of="key")),
+            "sessions.delete": (WRITE, self._report_of_session("sessions.delete", of="key")),
+            "sessions.patch": (WRITE, self._report_of_session("sessions.patch", of="key")),
+            "system-presence": (READ, self._system_presence),
+            "config.get": (ADMIN, self._report("config.get")),
+        }
+        for name in reports:
+            self._methods.setdefault(name, (READ, self._report(name)))
+
+    # A connection
+
+    async def serve(self, socket: Socket, address: str, fields: Mapping[str, str]) -> None:
+        """Serve one open connection of a client at `address` until it has ended."""
+        client = Client(socket, address, fields, time.monotonic())
+        socket.on_activity = client.hear
+        self._clients.add(client)
+        try:
+            payload = {"nonce": _new_id(), "ts": _now_ms()}
+            client.send({"type": "event", "event": "connect.challenge", "payload": payload})
+            while (message := await socket.receive()) is not None:
+                if client.connected:
+                    await self._take(client, message)
+                else:
+                    await self._open(client, message)
+        finally:
+            self._clients.discard(client)
+            self._events.leave(client.push)
+            self._changed |= client.listed
+            for leave in client.waits:
+                leave()
+
+    def tick(self, now: float) -> None:
+        """Ping, tick, drop who is silent. To be called once a second with `time.monotonic()`."""
+        for client in list(self._clients):
+            if client.alive:
+                client.alive, client.silent_since = False, now
+            if now - client.silent_since > SILENCE_SECONDS:
+                client.socket.abort()
+            elif not client.connected and now - client.opened > HANDSHAKE_SECONDS:
+                client.socket.close(POLICY, "handshake timeout")
+            elif now - client.pinged >= TICK_SECONDS:
+                client.pinged = now
+                client.socket.ping()
+                if client.connected:
+                    client.push(encode({"type": "event", "event": "tick", "payload": {"ts": _now_ms()}})[:-1].encode())
+        if self._changed:
+            self._changed = False
+            self._presence += 1
+            payload = {"presence": self._present()}
+            self._events.tell("presence", payload, stateVersion={"presence": self._presence, "health": 1})
+
+        if self._clients and not self.closing and now - self._health_told >= HEALTH_SECONDS:
+            self._health_told = now
+            self._telling = asyncio.get_running_loop().create_task(self._tell_health())
+
+    async def _tell_health(self) -> None:
+        try:
+            self._events.tell("health", await self._reports["health"]({}))
+        except Exception:
+            log.exception("the health cannot be told")
+
+    def announce(self, reason: str) -> None:
+        """Tell every client that the gateway goes down."""
+        self._events.tell("shutdown", {"reason": reason})
+
+    def close(self) -> None:
+        """Close every connection."""
+        self.closing = True
+        if self._telling is not None:
+            self._telling.cancel()
+        for client in list(self._clients):
+            client.socket.close(RESTART, "service restart")
+
+    async def _open(self, client: Client, message: str | bytes) -> None:
+        """Take the first request, which must be `connect`."""
+        id = None
+        try:
+            frame = self._hub.parse(message)
+            if self._problem("request frame", frame):
+                raise Refusal(INVALID, "invalid request frame")
+            id = frame["id"]
+        except Refusal:
+            client.socket.close(POLICY, "invalid request frame")
+            return
+        try:
+            if frame["method"] != "connect":
+                raise Refusal(INVALID, "invalid handshake: first request must be connect")
+            params = self._params("connect", frame)
+            if not params["minProtocol"] <= PROTOCOL <= params["maxProtocol"]:
+                raise Refusal(INVALID, "protocol mismatch", details={"expectedProtocol": PROTOCOL})
+            if params.get("role", "operator") not in ("operator", "node"):
+                raise Refusal(INVALID, "invalid role")
+            self._admit(client, params.get("auth") or {})
+        except Refusal as refusal:
+            client.refuse(id, refusal.error)
+            mismatch = "details" in refusal.error
+            client.socket.close(PROTOCOL_ERROR if mismatch else POLICY, str(refusal))
+            return
+        client.role = params.get("role", "operator")
+        client.scopes = frozenset(params.get("scopes") or (READ, WRITE))
+        client.about = params["client"]
+        if "device" in params:
+            client.about["deviceId"] = params["device"]["id"]
+        health = await self._reports["health"]({})
+        client.connected = True
+        self._changed |= client.listed
+        client.answer(id, self._hello(client, health))
+        if client.role == "operator" and client.may(READ):
+            self._events.join(client.push)
+
+    def _admit(self, client: Client, auth: Dict) -> None:
+        mode = self._hub.mode
+        verdict = self._hub.admit(auth.get(mode), client.address, client.fields)
+        if verdict.ok:
+            return
+        if verdict.retry_after:
+            message = f"too many failed attempts: try again in {verdict.retry_after} seconds"
+            raise Refusal(UNAVAILABLE, message, retryable=True, retryAfterMs=verdict.retry_after * 1000)
+        if verdict.missing:
+            raise Refusal("NOT_PAIRED", "device identity required")
+        raise Refusal(INVALID, f"unauthorized: gateway {mode} mismatch")
+
+    def _hello(self, client: Client, health: Dict) -> Dict:
+        default = self._hub.default_agent
+        return {
+            "type": "hello-ok",
+            "protocol": PROTOCOL,
+            "server": {"version": self._hub.version, "host": os.uname().nodename, "connId": client.id},
+            "features": {"methods": list(self._methods), "events": list(EVENTS)},
+            "snapshot": {
+                "presence": self._present(),
+                "health": health,
+                "stateVersion": {"presence": self._presence, "health": 1},
+                "uptimeMs": int((time.monotonic() - self._begun) * 1000),
+                "sessionDefaults": {
+                    "defaultAgentId": default,
+                    "mainKey": "main",
+                    "mainSessionKey": f"agent:{default}:main",
+                    "scope": "per-sender",
+                },
+            },
+            "policy": {
+                "maxPayload": MAX_PAYLOAD,
+                "maxBufferedBytes": MAX_BUFFERED,
+                "tickIntervalMs": int(TICK_SECONDS * 1000),
+            },
+        }
+
+    async def _take(self, client: Client, message: str | bytes) -> None:
+        """Answer one request. Here, and in `_open`, refusals become frames."""
+        id = None
+        try:
+            frame = self._hub.parse(message)
+            wrong = self._problem("request frame", frame)
+            if isinstance(frame.get("id"), str):
+                id = frame["id"] or None
+            if wrong:
+                raise Refusal(INVALID, f"invalid request frame: {wrong}")
+            payload = await self._call(client, frame)
+            if payload is not LATER:
+                client.answer(frame["id"], payload)
+        except Refusal as refusal:
+            client.refuse(id, refusal.error)
+        except Exception:
+            log.exception("a request of the gateway protocol failed")
+            client.refuse(id, {"code": UNAVAILABLE, "message": "the gateway failed; its log says why"})
+
+    async def _call(self, client: Client, frame: Dict) -> Answer:
+        method = frame["method"]
+        if method == "connect":
+            raise Refusal(INVALID, "connect is only valid as the first request")
+        if method not in self._methods:
+            raise Refusal(INVALID, f"unknown method: {method[:100]}")
+        scope, function = self._methods[method]
+        if client.role != "operator":
+            raise Refusal(INVALID, f"unauthorized role: {client.role}")
+        if not client.may(scope):
+            raise Refusal(INVALID, f"missing scope: {scope}")
+        return await function(client, frame["id"], self._params(method, frame))
+
+    def _params(self, method: str, frame: Dict) -> Dict:
+        params = frame.get("params")
+        params = {} if params is None else params
+        if wrong := self._problem(method, params):
+            raise Refusal(INVALID, f"invalid {method} params: {wrong}")
+        return {
+            name: int(value) if value.__class__ is float and value == int(value) else value  # 5.0 is an integer
+            for name, value in params.items()
+        }
+
+    def _session(self, method: str, key: str, agent: str = "") -> tuple[str, str]:
+        """Return the agent and the session that a key means; `main` is the default agent's main one. Refusal."""
+        if key == "main":
+            key = f"agent:{agent or self._hub.default_agent}:main"
+        parts = key.split(":", 2)
+        if len(parts) == 3 and parts[0] == "agent":
+            named = self._known(method, parts[1])
+            if agent not in ("", named):
+                message = f'invalid {method} params: agent "{agent}" does not match session key agent "{named}"'
+                raise Refusal(INVALID, message)
+            agent = named
+        return agent or self._hub.default_agent, key
+
+    def _known(self, method: str, agent: str) -> str:
+        wanted = agent.strip().lower()
+        if wanted in self._hub.agents:
+            return wanted
+        if wanted == "main":  # the family's clients all send it
+            return self._hub.default_agent
+        raise Refusal(INVALID, f'invalid {method} params: unknown agent id "{agent[:100]}"')
+
+    # Runs
+
+    async def _agent(self, client: Client, id: str, params: Dict) -> Answer:
+        if (channel := params.get("channel", "last")) not in CHANNELS:
+            raise Refusal(INVALID, f"invalid agent params: unknown channel: {channel[:100]}")
+        agent = self._known("agent", params["agentId"]) if "agentId" in params else ""
+        key = params.get("sessionKey", "")
+        if not key and "sessionId" in params:
+            found = await self._hub.find(params["sessionId"])
+            if found is not None and agent in ("", found[0]):
+                agent, key = found
+            else:
+                key = f"agent:{agent or self._hub.default_agent}:session:{params['sessionId']}"
+        elif not key:
+            to = f"direct:{params['to']}" if "to" in params else "main"
+            key = f"agent:{agent or self._hub.default_agent}:{to}"
+        place = self._session("agent", key, agent)
+        job, _ = self._job(params, place, params.get("extraSystemPrompt", ""), params.get("timeout", 0))
+        if job.payload is None:
+            client.answer(id, {"runId": job.run.id, "status": "accepted", "acceptedAt": job.accepted_at})
+            job.then.append(lambda job: client.end(id, job))
+        else:
+            client.end(id, job)
+        return LATER
+
+    async def _chat_send(self, client: Client, id: str, params: Dict) -> Answer:
+        place = self._session("chat.send", params["sessionKey"])
+        job, new = self._job(params, place, "", params.get("timeoutMs", 0) / 1000)
+        if job.payload is None:
+            return {"runId": job.run.id, "status": "started" if new else "in_flight"}
+        client.end(id, job)
+        return LATER
+
+    def _job(self, params: Dict, place: tuple[str, str], system: str, timeout: float) -> tuple[Job, bool]:
+        """Return the run of this idempotency key, and whether it is new. Refusal.
+
+        Nothing is awaited between the look and the start, so that of two requests at once only one starts it.
+        """
+        key = params["idempotencyKey"]
+        job: Job | None = self._jobs.get(key)
+        if job is not None:
+            return job, False
+        run = self._hub.accept(*place, params["message"], system=system, run_id=key, timeout=timeout)
+        return self._jobs.add(run), True
+
+    async def _agent_wait(self, client: Client, id: str, params: Dict) -> Answer:
+        run_id = params["runId"]
+        job: Job | None = self._jobs.get(run_id)
+        if job is not None and job.payload is not None:
+            return job.waited()
+        if len(client.waits) >= MAX_WAITS:
+            raise Refusal(UNAVAILABLE, f"{MAX_WAITS} waits of this connection are open; let one end", retryable=True)
+
+        def end(job: Job | None) -> None:
+            client.waits.discard(leave)
+            client.answer(id, {"runId": run_id, "status": "timeout"} if job is None else job.waited())
+
+        leave = self._jobs.wait(run_id, params.get("timeoutMs", WAIT_MS) / 1000, end)
+        client.waits.add(leave)
+        return LATER
+
+    async def _chat_abort(self, client: Client, id: str, params: Dict) -> Answer:
+        agent, key = self._session("chat.abort", params["sessionKey"])
+        wanted = params.get("runId")
+        found = [
+            run
+            for run in self._hub.active()
+            if run.session_key == key and (run.id == wanted or (wanted is None and run.agent_id == agent))
+        ]
+        for run in found:
+            self._hub.stop(run, "The run was aborted.")
+        return {"ok": True, "aborted": bool(found), "runIds": [run.id for run in found]}
+
+    # What is told of the gateway and its sessions
+
+    def _report(self, name: str) -> Handler:
+        """Return what answers the method `name` with a report."""
+        report: Callable[[Dict], Awaitable[Answer]] = self._reports[name]
+
+        async def handler(client: Client, id: str, params: Dict) -> Answer:
+            return await report(params)
+
+        return handler
+
+    def _report_of_session(self, name: str, *, of: str) -> Handler:
+        """The same for one that is about the session, or the sessions, that the parameter `of` names."""
+        report: Callable[..., Awaitable[Answer]] = self._reports[name]
+
+        async def handler(client: Client, id: str, params: Dict) -> Answer:
+            if isinstance(params[of], str):
+                return await report(params, self._session(name, params[of]))
+            return await report(params, [self._session(name, key) for key in params[of]])
+
+        return handler
+
+    async def _identity(self, client: Client, id: str, params: Dict) -> Answer:
+        agent = self._known("agent.identity.get", params["agentId"]) if "agentId" in params else ""
+        if "sessionKey" in params:
+            agent, _ = self._session("agent.identity.get", params["sessionKey"], agent)
+        agent = agent or self._hub.default_agent
+        return {"agentId": agent, "name": self._hub.agents[agent] or agent}
+
+    async def _system_presence(self, client: Client, id: str, params: Dict) -> Answer:
+        return self._present()
+
+    def _present(self) -> list[Dict]:
+        """Return the gateway and its clients, SHOWN of them."""
+        host, now = os.uname(), _now_ms()
+        about: Dict = {"host": host.nodename, "version": self._hub.version, "deviceFamily": host.sysname}
+        about |= {"platform": f"{host.sysname} {host.release}".lower(), "modelIdentifier": host.machine}
+        text = f"Gateway: {host.nodename} · app {self._hub.version}"
+        entries = [{**about, "mode": "gateway", "reason": "self", "text": text, "ts": now}]
+        there = [client for client in self._clients if client.listed]
+        for client in there[:SHOWN]:
+            about = {key: value for key, value in client.about.items() if key not in ("id", "displayName")}
+            name = client.about.get("displayName", client.about["id"])
+            about |= {"host": name, "roles": [client.role], "scopes": sorted(client.scopes)}
+            entries.append({**about, "reason": "connect", "text": f"Client: {name}", "ts": now})
+        return entries

@@ -1,0 +1,152 @@
+"""The events of all runs to all who watch: encoded once, joined in time, and no work while nobody does."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Protocol
+
+AGENT_SECONDS = 0.05  # between two `assistant` events of a run; the words of the meantime are joined
+CHAT_SECONDS = 0.15  # between two `chat` deltas of a run, as in the family
+MAX_TEXT = 256 * 1024  # characters of an answer so far that are sent again with each delta
+
+encode: Callable[[Any], str] = json.JSONEncoder(separators=(",", ":")).encode
+
+
+if TYPE_CHECKING:
+
+    class Run(Protocol):
+        """What is looked at of a run."""
+
+        id: str
+        session_key: str
+        answer: list[str]
+
+
+class _Watch:
+    """What was told of one run."""
+
+    __slots__ = ("agent_at", "chat", "chat_at", "run", "seq", "timer", "words")
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.seq = 0
+        self.words: list[str] = []  # not told yet
+        self.chat = ""  # the text that `chat` was not told yet
+        self.agent_at = self.chat_at = float("-inf")  # when they were told of words
+        self.timer: asyncio.TimerHandle | None = None
+
+
+class Fanout:
+    """Tells every member of the runs' events, as JSON of `{"type":"event",...` without its closing brace.
+
+    A member is a function that must return at once; it adds what is its own (`seq`) and sends. `observers` is the
+    runs' list of them: we are on it only while there are members.
+    """
+
+    def __init__(
+        self, observers: list[Callable[[Any, tuple[str, Any]], None]], clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._observers, self._clock = observers, clock
+        self._members: dict[Callable[[bytes], None], None] = {}  # in the order in which they came
+        self._watches: dict[str, _Watch] = {}
+
+    def join(self, member: Callable[[bytes], None]) -> None:
+        """Tell `member` too, from now on."""
+        if not self._members:
+            self._observers.append(self._take)
+        self._members[member] = None
+
+    def leave(self, member: Callable[[bytes], None]) -> None:
+        """Tell `member` no more. Safe to call again."""
+        if member not in self._members:
+            return
+        del self._members[member]
+        if self._members:
+            return
+        self._observers.remove(self._take)
+        for watch in self._watches.values():
+            if watch.timer is not None:
+                watch.timer.cancel()
+        self._watches.clear()
+
+    def tell(self, event: str, payload: Any, **more: Any) -> None:
+        """Tell every member of `event`."""
+        if self._members:
+            data = encode({"type": "event", "event": event, "payload": payload, **more})[:-1].encode()
+            for member in list(self._members):
+                member(data)
+
+    def _take(self, run: Run, event: tuple[str, Any]) -> None:
+        kind, data = event
+        watch = self._watches.get(run.id)
+        if watch is None:
+            watch = self._watches[run.id] = _Watch(run)
+        if kind == "delta":
+            watch.words.append(data)
+            if watch.timer is None:
+                self._tell_words(watch)
+        elif kind == "start":
+            self._agent(watch, "lifecycle", {"phase": "start", "startedAt": _ms()})
+        elif kind == "tool":
+            self._tell_words(watch, last=True)
+            self._agent(watch, "tool", data)
+        elif kind in ("end", "error"):
+            self._tell_words(watch, last=True)
+            self._end(watch, None if kind == "end" else data)
+            del self._watches[run.id]
+
+    def _tell_words(self, watch: _Watch, last: bool = False) -> None:
+        """Tell of the words that wait, each where it is time for it; the rest by a timer. `last`: all, and no timer."""
+        if watch.timer is not None:
+            watch.timer.cancel()
+            watch.timer = None
+        now = self._clock()
+        if watch.words and (last or now >= watch.agent_at + AGENT_SECONDS):
+            watch.agent_at = now
+            data = {"delta": "".join(watch.words)}
+            watch.words.clear()
+            text = "".join(watch.run.answer)
+            watch.chat = text if len(text) <= MAX_TEXT else ""
+            self._agent(watch, "assistant", {"text": text, **data} if watch.chat else data)
+        if watch.chat and not last and now >= watch.chat_at + CHAT_SECONDS:
+            watch.chat_at = now
+            self._chat(watch, "delta", {"message": message(watch.chat)})
+            watch.chat = ""
+        if not last and (watch.words or watch.chat):
+            at = watch.agent_at + AGENT_SECONDS if watch.words else watch.chat_at + CHAT_SECONDS
+            watch.timer = asyncio.get_running_loop().call_later(at - now, self._tell_words, watch)
+
+    def _end(self, watch: _Watch, error: dict[str, Any] | None) -> None:
+        text = "".join(watch.run.answer)
+        said = {"message": message(text)} if 0 < len(text) <= MAX_TEXT else {}  # chat.history has the long ones
+        if error is None:
+            self._agent(watch, "lifecycle", {"phase": "end", "endedAt": _ms()})
+            self._chat(watch, "final", said)
+        elif error["kind"] == "cancelled":
+            self._agent(watch, "lifecycle", {"phase": "end", "endedAt": _ms(), "aborted": True})
+            self._chat(watch, "aborted", {"stopReason": "rpc", **said})
+        else:
+            self._agent(watch, "lifecycle", {"phase": "error", "error": error["message"], "endedAt": _ms()})
+            self._chat(watch, "error", {"errorMessage": error["message"], **said})
+
+    def _agent(self, watch: _Watch, stream: str, data: dict[str, Any]) -> None:
+        watch.seq += 1
+        run = watch.run
+        payload = {"runId": run.id, "stream": stream, "data": data, "sessionKey": run.session_key}
+        self.tell("agent", {**payload, "seq": watch.seq, "ts": _ms()})
+
+    def _chat(self, watch: _Watch, state: str, more: dict[str, Any]) -> None:
+        run = watch.run
+        self.tell("chat", {"runId": run.id, "sessionKey": run.session_key, "seq": watch.seq, "state": state, **more})
+
+
+def message(text: str) -> dict[str, Any]:
+    """Return the message of an assistant who said `text` now."""
+    return {"role": "assistant", "content": [{"type": "text", "text": text}], "timestamp": _ms()}
+
+
+def _ms() -> int:
+    return int(time.time() * 1000)

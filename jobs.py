@@ -1,0 +1,185 @@
+"""Runs that were asked for by an idempotency key: started once, told to all who ask, remembered for a while."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Coroutine
+from typing import TYPE_CHECKING, Any, Protocol
+
+MAX_ENDED = 1000  # ended runs that are remembered, as in the family
+ENDED_SECONDS = 300.0  # and how long
+MAX_REMEMBERED = 32 * 1024 * 1024  # characters of their answers
+
+Dict = dict[str, Any]
+GOING_DOWN: Dict = {"kind": "cancelled", "message": "The gateway is going down.", "retry_after": None}
+
+
+if TYPE_CHECKING:
+
+    class Run(Protocol):
+        """What is looked at of a run."""
+
+        id: str
+        turn: Dict
+        usage: dict[str, int]
+        provider: str
+        answer: list[str]
+        started_at: float | None
+        ended_at: float | None
+
+
+class Job:
+    """A run under its idempotency key, which is the run's id."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.accepted_at = _now_ms()
+        self.payload: Dict | None = None  # of the last answer, once the run has ended
+        self.error: Dict | None = None  # of the last answer; None: it went well
+        self.then: list[Callable[[Job], None]] = []  # who is told of the end
+        self.forget_at = float("inf")
+
+    def end(self, error: Dict | None) -> None:
+        """Keep what is answered last; `error` as the run's last event has it."""
+        self.payload = final(self.run, error)
+        if error is not None and self.payload["status"] == "error":
+            self.error = told(error["kind"], error["message"], error["retry_after"])
+
+    def waited(self) -> Dict:
+        """Return what `agent.wait` says of the run, which has ended."""
+        times = (("startedAt", self.run.started_at), ("endedAt", self.run.ended_at))
+        payload: Dict = {"runId": self.run.id, "status": "ok" if self.error is None else "error"}
+        payload |= {name: int(at * 1000) for name, at in times if at is not None}
+        return payload if self.error is None else {**payload, "error": self.error["message"]}
+
+
+def _now_ms() -> int:
+    return int(time.time() * 1000)
+
+
+def final(run: Run, error: Dict | None = None) -> Dict:
+    """Return the payload that a run ends with: what `agent` answers last. Times in ms."""
+    aborted = error is not None and error["kind"] == "cancelled"
+    if error is not None and not aborted:
+        return {"runId": run.id, "status": "error", "summary": error["message"]}
+    usage = run.usage
+    tokens = {"input": usage.get("prompt_tokens", 0), "output": usage.get("completion_tokens", 0)}
+    total = usage.get("total_tokens", sum(tokens.values()))
+    agent = {
+        "sessionId": run.turn["session_id"],
+        "provider": run.provider,
+        "model": run.turn["model"],
+        "usage": {**tokens, "cacheRead": 0, "cacheWrite": 0, "total": total},
+    }
+    duration = round(((run.ended_at or time.time()) - (run.started_at or time.time())) * 1000)
+    text = "".join(run.answer)
+    result = {
+        "payloads": [{"text": text, "mediaUrl": None}] if text or not aborted else [],
+        "meta": {"durationMs": duration, "agentMeta": agent, "aborted": aborted},
+    }
+    return {"runId": run.id, "status": "ok", "summary": "aborted" if aborted else "completed", "result": result}
+
+
+def told(kind: str, message: str, retry_after: int | None) -> Dict:
+    """Return a run's failure as the protocol's error; `retry_after` in seconds."""
+    error: Dict = {"code": "AGENT_TIMEOUT" if kind == "timeout" else "UNAVAILABLE", "message": message}
+    if kind in ("overloaded", "rate_limited"):
+        error |= {"retryable": True, "retryAfterMs": (retry_after or 1) * 1000}
+    return error
+
+
+class Jobs:
+    """The runs of all clients of the protocol. `drive(run)` takes a run to its end and returns its error or None.
+
+    `observers` of all runs: we are among them while somebody waits, maybe for a run that was not asked for here.
+    """
+
+    def __init__(
+        self,
+        drive: Callable[[Any], Coroutine[Any, Any, Dict | None]],
+        observers: list[Callable[[Any, tuple[str, Any]], None]],
+    ) -> None:
+        self._drive, self._observers = drive, observers
+        self._running: dict[str, Job] = {}
+        self._ended: OrderedDict[str, Job] = OrderedDict()  # those to forget first come first
+        self._remembered = 0  # characters of their answers
+        self._waits: dict[str, list[Callable[[Job], None]]] = {}  # by the id of a run that has not ended, or not begun
+        self.tasks: set[asyncio.Task[None]] = set()
+
+    def get(self, key: str) -> Job | None:
+        """Return the run of this key, running or remembered."""
+        return self._running.get(key) or self._ended.get(key)
+
+    def add(self, run: Run) -> Job:
+        """Take an accepted run to its end, whoever stays to hear of it."""
+        job = self._running[run.id] = Job(run)
+        task = asyncio.get_running_loop().create_task(self._work(job))
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+        return job
+
+    async def _work(self, job: Job) -> None:
+        error: Dict | None = GOING_DOWN  # unless it ends by itself
+        try:
+            error = await self._drive(job.run)
+        finally:
+            self._end(job, error)
+
+    def _end(self, job: Job, error: Dict | None) -> None:
+        run = job.run
+        job.end(error)
+        job.forget_at = time.monotonic() + ENDED_SECONDS
+        self._ended[run.id] = self._running.pop(run.id)
+        self._remembered += _size(job)
+        for then in [*job.then, *self._waits.get(run.id, ())]:
+            then(job)
+        job.then.clear()
+        while len(self._ended) > MAX_ENDED or self._remembered > MAX_REMEMBERED:
+            self._forget()
+
+    def wait(self, run_id: str, seconds: float, then: Callable[[Job | None], None]) -> Callable[[], None]:
+        """Call `then` once with the run, when it has ended, or None when the time is up. Returns what calls it off."""
+        if not self._waits:
+            self._observers.append(self._see)
+        waits = self._waits.setdefault(run_id, [])
+
+        def leave() -> None:
+            timer.cancel()
+            if end in waits:
+                waits.remove(end)
+            if not waits and self._waits.get(run_id) is waits:
+                del self._waits[run_id]
+                if not self._waits:
+                    self._observers.remove(self._see)
+
+        def end(job: Job | None) -> None:
+            leave()
+            then(job)
+
+        timer = asyncio.get_running_loop().call_later(seconds, end, None)
+        waits.append(end)
+        return leave
+
+    def _see(self, run: Run, event: tuple[str, Any]) -> None:
+        """Tell those who wait for a run that another front has asked for."""
+        kind, data = event
+        if kind in ("end", "error") and run.id in self._waits and run.id not in self._running:
+            job = Job(run)
+            job.end(data if kind == "error" else None)
+            for then in list(self._waits[run.id]):
+                then(job)
+
+    def sweep(self, now: float) -> None:
+        """Forget what is old. To be called once a second or so, with `time.monotonic()`."""
+        while self._ended and next(iter(self._ended.values())).forget_at < now:
+            self._forget()
+
+    def _forget(self) -> None:
+        _, job = self._ended.popitem(last=False)
+        self._remembered -= _size(job)
+
+
+def _size(job: Job) -> int:
+    return sum(map(len, job.run.answer))

@@ -1,0 +1,250 @@
+"""What the gateway tells of itself and of its sessions, in the shapes of the gateway protocol."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Awaitable, Callable, Collection, Mapping
+from typing import TYPE_CHECKING, Any, Protocol
+
+MAX_HISTORY = 1024 * 1024  # bytes of messages in one answer, below what a client may leave unread
+LISTED = 200  # sessions or messages, where no limit is given
+RECENT = 5  # sessions that health and status name, as in the family
+PREVIEWED, PREVIEW_CHARS = 12, 240  # messages and characters of a preview, as in the family
+
+Dict = dict[str, Any]
+Dicts = list[Dict]  # Store has a method named list
+Place = tuple[str, str]  # agent id and session key
+
+NO_LIMIT = {"abortedLastRun": False, "contextTokens": None, "remainingTokens": None, "percentUsed": None}
+
+encode: Callable[[Any], str] = json.JSONEncoder(separators=(",", ":")).encode
+
+
+if TYPE_CHECKING:
+
+    class Run(Protocol):
+        """What is looked at of a run."""
+
+        agent_id: str
+        session_key: str
+        placed: bool
+
+    class Store(Protocol):
+        """The transcripts."""
+
+        async def list(self, limit: int | None = None, agents: Collection[str] | None = None) -> Dicts: ...
+        async def counts(self) -> dict[str, int]: ...
+        async def history(self, agent: str, key: str, limit: int | None = None) -> tuple[str | None, Dicts]: ...
+        async def reset(self, agent: str, key: str) -> str: ...
+        async def delete(self, agent: str, key: str) -> bool: ...
+        async def patch(self, agent: str, key: str, fields: Dict) -> Dict: ...
+
+    class Hub(Protocol):
+        """What the gateway gives: its configuration as it is now."""
+
+        @property
+        def version(self) -> str: ...
+        @property
+        def default_agent(self) -> str: ...
+        @property
+        def agents(self) -> Mapping[str, str]: ...  # their names ("" where none) by id
+        @property
+        def models(self) -> list[Dict]: ...  # id, name, provider
+        @property
+        def store(self) -> Store: ...
+        @property
+        def store_name(self) -> str: ...  # for people; no path of the host
+        def stop(self, run: Any, reason: str) -> None: ...
+        def active(self) -> Collection[Run]: ...
+        def troubles(self) -> list[str]: ...  # what keeps the gateway from being well
+        def config(self) -> Dict: ...  # in effect, secrets redacted
+
+
+def shown(messages: list[Dict]) -> list[Dict]:
+    """Return stored messages in the protocol's shape, the oldest left out beyond MAX_HISTORY bytes."""
+    room, kept = MAX_HISTORY, []
+    for message in reversed(messages):
+        content = [{"type": "text", "text": message["content"] or ""}]
+        entry = {"role": message["role"], "content": content, "timestamp": message["timestamp"]}
+        room -= len(encode(entry))
+        if room < 0:
+            break
+        kept.append(entry)
+    return kept[::-1]
+
+
+def _now_ms() -> int:
+    return int(time.time() * 1000)
+
+
+class Reports:
+    """The methods that only tell, or change what is stored."""
+
+    def __init__(self, hub: Hub) -> None:
+        self._hub = hub
+        self._begun = time.monotonic()
+        self.methods: dict[str, Callable[..., Awaitable[Any]]] = {
+            "health": self._health,
+            "status": self._status,
+            "agents.list": self._agents,
+            "models.list": self._models,
+            "sessions.list": self._sessions,
+            "sessions.preview": self._preview,
+            "sessions.reset": self._reset,
+            "sessions.delete": self._delete,
+            "sessions.patch": self._patch,
+            "chat.history": self._history,
+            "config.get": self._config,
+            "channels.status": self._channels,
+            "node.list": self._nodes,
+            "cron.status": self._cron,
+            "last-heartbeat": self._heartbeat,
+        }
+
+    async def _health(self, params: Dict) -> Dict:
+        begun, hub = time.monotonic(), self._hub
+        default, counts = hub.default_agent, await hub.store.counts()
+        agents = []
+        for agent, name in hub.agents.items():
+            entry = {"agentId": agent, **({"name": name} if name else {}), "isDefault": agent == default}
+            recent = await self._recent([agent])
+            short = [{key: session[key] for key in ("key", "updatedAt", "age")} for session in recent]
+            sessions = {"path": hub.store_name, "count": counts.get(agent, 0), "recent": short}
+            agents.append({**entry, "heartbeat": _no_heartbeat(), "sessions": sessions})
+        troubles = hub.troubles()
+        return {
+            "ok": not troubles,
+            **({"troubles": troubles} if troubles else {}),
+            "ts": _now_ms(),
+            "durationMs": int((time.monotonic() - begun) * 1000),
+            "channels": {},
+            "channelOrder": [],
+            "channelLabels": {},
+            "heartbeatSeconds": 0,
+            "defaultAgentId": default,
+            "agents": agents,
+            "sessions": next(agent["sessions"] for agent in agents if agent["agentId"] == default),
+        }
+
+    async def _status(self, params: Dict) -> Dict:
+        hub = self._hub
+        counts, active = await hub.store.counts(), hub.active()
+        heartbeats = [{"agentId": agent, **_no_heartbeat()} for agent in hub.agents]
+        return {
+            "version": hub.version,
+            "uptimeMs": int((time.monotonic() - self._begun) * 1000),
+            "runs": {
+                "active": sum(run.placed for run in active),
+                "queued": sum(not run.placed for run in active),
+            },
+            "heartbeat": {"defaultAgentId": hub.default_agent, "agents": heartbeats},
+            "channelSummary": [],
+            "queuedSystemEvents": [],
+            "sessions": {
+                "paths": [hub.store_name],
+                "count": sum(counts.values()),
+                "defaults": self._defaults(),
+                "recent": await self._recent(None),
+                "byAgent": [{"agentId": agent, "count": counts.get(agent, 0)} for agent in hub.agents],
+            },
+        }
+
+    async def _recent(self, agents: Collection[str] | None) -> list[Dict]:
+        now = _now_ms()
+        return [
+            {**session, **NO_LIMIT, "age": now - session["updatedAt"], "flags": [f"id:{session['sessionId']}"]}
+            for session in await self._hub.store.list(RECENT, agents)
+        ]
+
+    def _defaults(self) -> Dict:
+        first = next(iter(self._hub.models), {})
+        return {"modelProvider": first.get("provider"), "model": first.get("id"), "contextTokens": None}
+
+    async def _agents(self, params: Dict) -> Dict:
+        agents = [{"id": agent, **({"name": name} if name else {})} for agent, name in self._hub.agents.items()]
+        return {"defaultId": self._hub.default_agent, "mainKey": "main", "scope": "per-sender", "agents": agents}
+
+    async def _models(self, params: Dict) -> Dict:
+        return {"models": self._hub.models}
+
+    async def _sessions(self, params: Dict) -> Dict:
+        agent = params.get("agentId")
+        filtered = params.keys() & {"activeMinutes", "label", "search", "spawnedBy"}
+        limit = params.get("limit", LISTED)
+        found = await self._hub.store.list(None if filtered else limit, None if agent is None else [agent])
+        now, search = _now_ms(), params.get("search", "").lower()
+        minutes = params.get("activeMinutes")
+        kept = [
+            {**session, "abortedLastRun": False, "contextTokens": None}
+            for session in found
+            if (minutes is None or now - session["updatedAt"] <= minutes * 60_000)
+            and all(session.get(name) == params[name] for name in ("label", "spawnedBy") if name in params)
+            and search in f"{session['key']} {session.get('label', '')} {session['sessionId']}".lower()
+        ][:limit]
+        about = {"ts": now, "path": self._hub.store_name, "count": len(kept), "defaults": self._defaults()}
+        return {**about, "sessions": kept}
+
+    async def _preview(self, params: Dict, places: list[Place]) -> Dict:
+        limit, chars = params.get("limit", PREVIEWED), params.get("maxChars", PREVIEW_CHARS)
+        previews = []
+        for asked, place in zip(params["keys"], places, strict=True):
+            session_id, messages = await self._hub.store.history(*place, limit)
+            items = [{"role": each["role"], "text": (each["content"] or "")[:chars]} for each in messages]
+            status = "missing" if session_id is None else "ok" if items else "empty"
+            previews.append({"key": asked, "status": status, "items": items})
+        return {"ts": _now_ms(), "previews": previews}
+
+    async def _history(self, params: Dict, place: Place) -> Dict:
+        session_id, messages = await self._hub.store.history(*place, params.get("limit", LISTED))
+        found = {} if session_id is None else {"sessionId": session_id}
+        return {"sessionKey": params["sessionKey"], **found, "messages": shown(messages), "thinkingLevel": "off"}
+
+    async def _reset(self, params: Dict, place: Place) -> Dict:
+        self._end(place, "The session was reset.")
+        session_id = await self._hub.store.reset(*place)
+        entry = {"sessionId": session_id, "updatedAt": _now_ms(), "systemSent": False, "abortedLastRun": False}
+        tokens = {"inputTokens": 0, "outputTokens": 0, "totalTokens": 0}
+        return {"ok": True, "key": place[1], "entry": {**entry, **tokens}}
+
+    async def _delete(self, params: Dict, place: Place) -> Dict:
+        self._end(place, "The session was deleted.")
+        return {"ok": True, "key": place[1], "deleted": await self._hub.store.delete(*place), "archived": []}
+
+    def _end(self, place: Place, reason: str) -> None:
+        """End the session's runs: what they say would be the first words of the next one."""
+        for run in [run for run in self._hub.active() if (run.agent_id, run.session_key) == place]:
+            self._hub.stop(run, reason)
+
+    async def _patch(self, params: Dict, place: Place) -> Dict:
+        fields = {name: value for name, value in params.items() if name != "key"}
+        entry = await self._hub.store.patch(*place, fields)
+        return {"ok": True, "path": self._hub.store_name, "key": place[1], "entry": entry}
+
+    async def _config(self, params: Dict) -> Dict:
+        from hashlib import sha256  # here: it brings OpenSSL with it
+
+        config = self._hub.config()
+        issues: Dict = {"issues": [], "warnings": [], "legacyIssues": []}
+        number = sha256(encode(config).encode()).hexdigest()
+        return {"exists": True, "valid": True, "config": config, "hash": number, **issues}
+
+    # What this gateway has none of
+
+    async def _channels(self, params: Dict) -> Dict:
+        maps = ("channelLabels", "channelDetailLabels", "channelSystemImages", "channels", "channelAccounts")
+        none: Dict = {"channelOrder": [], "channelMeta": [], "channelDefaultAccountId": {}}
+        return {"ts": _now_ms(), **none, **{name: {} for name in maps}}
+
+    async def _nodes(self, params: Dict) -> Dict:
+        return {"ts": _now_ms(), "nodes": []}
+
+    async def _cron(self, params: Dict) -> Dict:
+        return {"enabled": False, "jobs": 0, "nextWakeAtMs": None}
+
+    async def _heartbeat(self, params: Dict) -> None:
+        return None
+
+
+def _no_heartbeat() -> Dict:
+    return {"enabled": False, "every": "disabled", "everyMs": None}
