@@ -301,8 +301,6 @@ def _must(name: str, be: str) -> NoReturn:
     _refuse(name, f"`{name}` must be {be}.")
 
 
-
-
 class Directory:
     """Which agent and which session a request means, for the agents and brands of one configuration."""
 

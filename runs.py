@@ -285,7 +285,7 @@ class Runs:
                 self._tell(run, ("usage", run.usage))
             run.ended_at = time.time()
             return self._tell(run, ("end", run.finish_reason))
-        except (Exception, SystemExit, asyncio.CancelledError) as e:  # SystemExit, too: it is the agent that fails
+        except (Exception, SystemExit, asyncio.CancelledError) as e:  # the last two may be an agent's own making
             if run.left(e):
                 self._tell(run, CANCELLED)
                 raise
