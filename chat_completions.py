@@ -233,15 +233,15 @@ def parse_content(content: object, name: str) -> str:
     return "\n".join(texts)
 
 
-def parse_json(body: bytes) -> dict[str, Any]:
-    """Return the JSON object that `body` is. APIError: 400."""
+def parse_json(body: bytes, what: str = "body") -> dict[str, Any]:
+    """Return the JSON object that `body` is; `what` it is called in the error. APIError: 400."""
     try:
         text = body.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as e:
-        _refuse(None, f"The body is not UTF-8 (at byte {e.start}).")
+        _refuse(None, f"The {what} is not UTF-8 (at byte {e.start}).")
     text = text.strip(" \t\r\n")  # RFC 8259 2: its white space
     if not text:
-        _refuse(None, "The body is empty; send a JSON object.")
+        _refuse(None, f"The {what} is empty; send a JSON object.")
     if "\\u" in text:  # a lone surrogate is no character: RFC 8259 8.2
         text = _ESCAPE.sub(lambda m: r"\ufffd" if len(m[0]) == 6 else m[0], text)
     try:
@@ -251,13 +251,13 @@ def parse_json(body: bytes) -> dict[str, Any]:
         if text.count("[") + text.count("{") > MAX_DEPTH:
             _check_depth(value)
     except json.JSONDecodeError as e:
-        _refuse(None, f"The body is not JSON: {e.msg} at line {e.lineno}, column {e.colno}.")
+        _refuse(None, f"The {what} is not JSON: {e.msg} at line {e.lineno}, column {e.colno}.")
     except RecursionError:
         _refuse(None, f"The JSON is nested deeper than {MAX_DEPTH} levels.")
     except ValueError as e:  # NaN, Infinity, an integer of thousands of digits
-        _refuse(None, f"The body is not JSON: {e}.")
+        _refuse(None, f"The {what} is not JSON: {e}.")
     if not isinstance(value, dict):
-        _refuse(None, f"The body must be a JSON object, not {_JSON[type(value)]}.")
+        _refuse(None, f"The {what} must be a JSON object, not {_JSON[type(value)]}.")
     return value
 
 

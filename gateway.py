@@ -14,7 +14,6 @@ from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
-    import ssl
     from argparse import Namespace
 
 if TYPE_CHECKING or not __package__:  # a checkout: the files lie beside this one
@@ -36,6 +35,7 @@ if TYPE_CHECKING or not __package__:  # a checkout: the files lie beside this on
     import schema
     import sessions
     import settings
+    import tls
     from chat_completions import APIError
     from config import Config, ConfigError
     from connection import FOREVER, Connection, now, raise_file_limit, room_for
@@ -58,6 +58,7 @@ else:  # installed or vendored: they are modules of this package
         schema,
         sessions,
         settings,
+        tls,
     )
     from . import chat_completions as chat
     from . import config as configuration
@@ -265,9 +266,9 @@ class Desk:
 
     def parse(self, message: str | bytes) -> dict[str, Any]:
         try:
-            return chat.parse_json(message.encode() if isinstance(message, str) else message)
+            return chat.parse_json(message.encode() if isinstance(message, str) else message, "frame")
         except APIError as e:
-            raise control.Refusal(control.INVALID, f"invalid request frame: {e.message}") from None
+            raise control.Refusal(control.INVALID, f"invalid request frame. {e.message}") from None
 
     def accept(self, agent: str, key: str, message: str, *, system: str, run_id: str, timeout: float) -> runs.Run:
         gateway, target = self._gateway, chat.Target(agent, key, True)
@@ -353,14 +354,14 @@ class Gateway:
         """Open the store and listen. OSError, sessions.StoreError, ConfigError: what is in the way."""
         config = self.house.config
         self._max_connections = room_for(config.max_connections)
-        tls = _server_context(*config.tls) if config.tls else None
+        context = tls.server_context(*config.tls) if config.tls else None
         listening = asyncio.get_running_loop().create_server(
             self._connection,
             config.bind,
             config.port,
-            ssl=tls,
-            ssl_handshake_timeout=HEAD_SECONDS if tls else None,
-            ssl_shutdown_timeout=2.0 if tls else None,  # asyncio would wait 30 s for a peer that says nothing
+            ssl=context,
+            ssl_handshake_timeout=HEAD_SECONDS if context else None,
+            ssl_shutdown_timeout=2.0 if context else None,  # asyncio would wait 30 s for a peer that says nothing
             backlog=1024,
             start_serving=False,
         )
@@ -685,14 +686,6 @@ class Gateway:
             self.access_log(x.id, x.client, method, path, x.status, x.sent, (now() - x.started) * 1000, x.agent)
 
 
-def _server_context(cert: str, key: str) -> ssl.SSLContext:
-    import ssl
-
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(cert, key)
-    return context
-
-
 # The program
 
 
@@ -792,10 +785,10 @@ async def _run_there(config: Config, options: Namespace) -> int:
 def _remote(config: Config, options: Namespace) -> remote.Remote:
     """Return what calls the gateway of --url, else that of the configuration."""
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.bind, config.bind)  # noqa: S104
-    address, tls = remote.Address(host, config.port, "/", config.tls is not None), config.tls
+    address, files = remote.Address(host, config.port, "/", config.tls is not None), config.tls
     if options.url is not None:
         try:
-            address, tls = remote.parse_url(options.url), None
+            address, files = remote.parse_url(options.url), None
         except ValueError:
             raise cli.UsageError(f"--url {options.url}: must be an address such as ws://127.0.0.1:18789") from None
     elif not config.port:
@@ -804,27 +797,11 @@ def _remote(config: Config, options: Namespace) -> remote.Remote:
     secret = names or ({config.auth.mode: config.auth.secret} if config.auth.secret else {})
 
     async def open_(heard: Callable[[], None]) -> rfc6455.WebSocket:
-        context = _client_context(tls and tls[0]) if address.tls else None
+        context = tls.client_context(files and files[0]) if address.tls else None
         where, limit = address[:3], remote.MAX_MESSAGE
         return await rfc6455.connect(*where, tls=context, max_message=limit, on_activity=heard)
 
     return remote.Remote(address, open_, rfc6455.HandshakeError, VERSION, secret)
-
-
-def _client_context(cert: str | None) -> ssl.SSLContext:
-    """Return what trusts the first certificate of this file and no other; None: the system's authorities."""
-    import ssl
-
-    if cert is None:
-        return ssl.create_default_context()
-    end = "-----END CERTIFICATE-----"
-    with open(cert, encoding="latin-1") as file:
-        own = file.read().partition(end)[0] + end
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.check_hostname = False  # whoever has its key is ours, by whatever name we call
-    context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # it need not have signed itself
-    context.load_verify_locations(cadata=own)
-    return context
 
 
 async def _ask(options: Namespace, method: str, params: Mapping[str, Any]) -> tuple[str, dict[str, Any], Any]:
