@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ if TYPE_CHECKING or not __package__:  # a checkout: the files lie beside this on
     from chat_completions import APIError
     from config import Config, ConfigError
     from connection import FOREVER, Connection, now, raise_file_limit, room_for
+    from exchange import Exchange
     from http1 import HTTPError
 else:  # installed or vendored: they are modules of this package
     from . import (
@@ -65,104 +66,18 @@ else:  # installed or vendored: they are modules of this package
     from .chat_completions import APIError
     from .config import Config, ConfigError
     from .connection import FOREVER, Connection, now, raise_file_limit, room_for
+    from .exchange import Exchange
     from .http1 import HTTPError
 
 VERSION = "0.1.0"
-MAX_BODY = 1024 * 1024  # bytes; the family's own cap
-MAX_DISCARD = 64 * 1024  # bytes of a refused request's body that are read so that its connection can stay
 HEAD_SECONDS = 10.0
-BODY_SECONDS = 30.0
 SWEEP_SECONDS = 1.0
 STOP_SECONDS = 5.0  # for what was cancelled to end
 GOODBYE_SECONDS = 2.0  # for WebSocket clients to answer a close
 
-JSON = ("Content-Type", "application/json")
-STREAM = (
-    ("Content-Type", "text/event-stream; charset=utf-8"),
-    ("Cache-Control", "no-cache"),
-    ("X-Accel-Buffering", "no"),  # nginx would hold the words back
-)
 EXPOSED = ("Access-Control-Expose-Headers", "x-request-id, x-copepod-session-key, x-copepod-agent-id, retry-after")
 
 log = logging.getLogger("copepod")
-
-
-class Exchange:
-    """One request and its answer."""
-
-    __slots__ = (
-        "agent", "client", "close", "connection", "fields", "id", "read", "request", "sent", "started", "status",
-    )  # fmt: skip
-
-    def __init__(self, connection: Connection) -> None:
-        self.connection = connection
-        self.request: http1.Request | None = None
-        self.id = f"req_{os.urandom(16).hex()}"
-        self.client = connection.peer
-        self.agent = "-"
-        self.fields: list[tuple[str, str]] = [("x-request-id", self.id)]
-        self.started = now()
-        self.status = 0  # as answered; 0: not yet
-        self.sent = 0  # bytes of the body
-        self.read = False  # the request's body was read to its end
-        self.close = False  # the connection ends with this answer
-
-    def head(self, status: int, fields: Iterable[tuple[str, str]]) -> bytes:
-        """Return the answer's head; from now on it counts as answered."""
-        self.status = status
-        request = self.request
-        if request is not None and not self.read:  # a body that is left is read and dropped, if it is small
-            self.close |= request.expects_continue or (request.length or 0) > MAX_DISCARD
-        if self.close or request is None or not request.keep_alive:
-            self.close = True
-            self.fields.append(("Connection", "close"))
-        return http1.head(status, (*fields, *self.fields))
-
-    def send(self, status: int, body: bytes, fields: Sequence[tuple[str, str]] = (JSON,)) -> bool:
-        """Answer with `body`, which is left out for HEAD. True: too much is unsent, drain first."""
-        if status != 204:
-            self.fields.append(("Content-Length", str(len(body))))
-        head = self.head(status, fields)
-        if self.request is not None and self.request.method == "HEAD":
-            body = b""
-        self.sent = len(body)
-        return self.connection.write(head + body)
-
-    def refuse(self, error: APIError | HTTPError) -> None:
-        """Answer with an error: the one place where errors become bytes."""
-        if isinstance(error, HTTPError):  # the bytes that follow cannot be told apart from a request
-            self.close = True
-            type_ = "server_error" if error.status == 501 else "invalid_request_error"
-            error = APIError(error.status, error.message, type=type_)
-        self.send(error.status, error.body(), (JSON, *error.fields))
-
-    def stream(self, events: bytes, last: bool = False) -> bool:
-        """Send a part of an event stream, before the first one the head. True: too much is unsent, drain first."""
-        head = b""
-        chunked = self.request is not None and self.request.minor > 0
-        if not self.status:
-            self.close |= not chunked  # RFC 9112 6.3: in HTTP/1.0 the end of the connection ends the body
-            head = self.head(200, (*STREAM, ("Transfer-Encoding", "chunked")) if chunked else STREAM)
-        self.sent += len(events)
-        if chunked:
-            events = http1.chunk(events) + http1.LAST_CHUNK if last else http1.chunk(events)
-        return self.connection.write(head + events)
-
-    async def body(self, request: http1.Request) -> bytes:
-        """Return the request's body. HTTPError: 400, 413."""
-        c = self.connection
-        c.deadline = now() + BODY_SECONDS
-        if request.expects_continue and not c.buffered and (request.length or 0) <= MAX_BODY:
-            c.write(http1.CONTINUE)
-        body = await http1.read_body(c.reader, request.length, MAX_BODY)
-        self.read = True
-        return body
-
-    async def discard(self) -> None:
-        """Read what is left of an answered request, so that it is not taken for the next. HTTPError: it is too much."""
-        if self.request is not None and not self.close:
-            self.connection.deadline = now() + BODY_SECONDS
-            await http1.read_body(self.connection.reader, self.request.length, MAX_DISCARD)
 
 
 class House:
@@ -459,7 +374,7 @@ class Gateway:
     async def _serve(self, c: Connection) -> bool:
         """Serve the requests of a connection until it is idle (True) or has to end (False)."""
         while True:
-            x = Exchange(c)
+            x = Exchange(c, http1)
             x.close = self.draining or c.surplus
             try:
                 c.deadline = now() + HEAD_SECONDS
@@ -469,12 +384,12 @@ class Gateway:
                 try:
                     await self._answer(x, x.request)
                 except APIError as e:
-                    x.refuse(e)
+                    self._refuse(x, e)
                 if not x.read:
                     await x.discard()
             except HTTPError as e:
                 if not x.status:
-                    x.refuse(e)
+                    self._refuse(x, e)
                 x.close = True
             except asyncio.CancelledError:
                 if c.gone:  # nobody is left to answer
@@ -483,7 +398,7 @@ class Gateway:
                 if not c.expired or (task is not None and task.uncancel() > 0):
                     raise
                 if not x.status:
-                    x.refuse(HTTPError(408, "The request took too long to arrive."))
+                    self._refuse(x, HTTPError(408, "The request took too long to arrive."))
                 x.close = True
             except OSError:
                 return False
@@ -493,7 +408,7 @@ class Gateway:
                     c.transport.abort()
                     return False
                 x.close = True
-                x.refuse(APIError(500, "The gateway failed.", type="server_error"))
+                self._refuse(x, APIError(500, "The gateway failed.", type="server_error"))
             finally:
                 self._log(x)
             if c.gone or (self.draining and not c.buffered):
@@ -505,6 +420,14 @@ class Gateway:
             if not c.buffered:
                 c.deadline = now() + self.house.config.keep_alive_seconds
                 return True
+
+    def _refuse(self, x: Exchange, error: APIError | HTTPError) -> None:
+        """Answer with an error: the one place where errors become bytes."""
+        if isinstance(error, HTTPError):  # the bytes that follow cannot be told apart from a request
+            x.close = True
+            type_ = "server_error" if error.status == 501 else "invalid_request_error"
+            error = APIError(error.status, error.message, type=type_)
+        x.send(error.status, error.body(), error.fields)
 
     async def _answer(self, x: Exchange, request: http1.Request) -> None:
         """Judge in the order of the contract, and answer. APIError, HTTPError: the refusal."""

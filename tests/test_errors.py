@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import pytest
 
 import chat_completions
+import exchange
 import gateway
 import runs
 from live import (
@@ -768,7 +769,7 @@ def test_wire(data: bytes, row: Row) -> None:
 
 def test_too_slow(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gateway, "HEAD_SECONDS", 0.1)
-    monkeypatch.setattr(gateway, "BODY_SECONDS", 0.1)
+    monkeypatch.setattr(exchange, "BODY_SECONDS", 0.1)
     late = Row(408, "invalid_request_error")
 
     async def main() -> None:

@@ -1,0 +1,122 @@
+"""One request and its answer on a connection; how both look on the wire is handed over."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, Protocol
+
+MAX_BODY = 1024 * 1024  # bytes; the family's own cap
+MAX_DISCARD = 64 * 1024  # bytes of a refused request's body that are read so that its connection can stay
+BODY_SECONDS = 30.0
+
+JSON = ("Content-Type", "application/json")
+STREAM = (
+    ("Content-Type", "text/event-stream; charset=utf-8"),
+    ("Cache-Control", "no-cache"),
+    ("X-Accel-Buffering", "no"),  # nginx would hold the words back
+)
+
+now = time.monotonic
+
+if TYPE_CHECKING:
+
+    class Request(Protocol):
+        """What is looked at of a request."""
+
+        @property
+        def method(self) -> str: ...
+        @property
+        def path(self) -> str: ...
+        @property
+        def minor(self) -> int: ...
+        @property
+        def length(self) -> int | None: ...  # bytes of its body; None: chunked
+        @property
+        def keep_alive(self) -> bool: ...
+        @property
+        def expects_continue(self) -> bool: ...
+
+    class Wire(Protocol):
+        """How it looks as bytes: the functions of HTTP/1.1."""
+
+        CONTINUE: bytes
+        LAST_CHUNK: bytes
+
+        def head(self, status: int, fields: Any) -> bytes: ...
+        def chunk(self, data: bytes) -> bytes: ...
+        async def read_body(self, reader: Any, length: int | None, limit: int) -> bytes: ...
+
+
+class Exchange:
+    """One request and its answer. `wire` has HTTP/1.1's functions, which raise its errors."""
+
+    __slots__ = (
+        "agent", "client", "close", "connection", "fields", "id", "read", "request", "sent", "started", "status",
+        "wire",
+    )  # fmt: skip
+
+    def __init__(self, connection: Any, wire: Wire) -> None:
+        self.connection, self.wire = connection, wire
+        self.request: Request | None = None
+        self.id = f"req_{os.urandom(16).hex()}"
+        self.client = connection.peer
+        self.agent = "-"
+        self.fields: list[tuple[str, str]] = [("x-request-id", self.id)]
+        self.started = now()
+        self.status = 0  # as answered; 0: not yet
+        self.sent = 0  # bytes of the body
+        self.read = False  # the request's body was read to its end
+        self.close = False  # the connection ends with this answer
+
+    def head(self, status: int, fields: Iterable[tuple[str, str]]) -> bytes:
+        """Return the answer's head; from now on it counts as answered."""
+        self.status = status
+        request = self.request
+        if request is not None and not self.read:  # a body that is left is read and dropped, if it is small
+            self.close |= request.expects_continue or (request.length or 0) > MAX_DISCARD
+        if self.close or request is None or not request.keep_alive:
+            self.close = True
+            self.fields.append(("Connection", "close"))
+        return self.wire.head(status, (*fields, *self.fields))
+
+    def send(self, status: int, body: bytes, fields: Iterable[tuple[str, str]] = ()) -> bool:
+        """Answer with `body`, JSON, which is left out for HEAD. True: too much is unsent, drain first."""
+        if status != 204:
+            self.fields += (JSON, ("Content-Length", str(len(body))))
+        head = self.head(status, fields)
+        if self.request is not None and self.request.method == "HEAD":
+            body = b""
+        self.sent = len(body)
+        full: bool = self.connection.write(head + body)
+        return full
+
+    def stream(self, events: bytes, last: bool = False) -> bool:
+        """Send a part of an event stream, before the first one the head. True: too much is unsent, drain first."""
+        head = b""
+        chunked = self.request is not None and self.request.minor > 0
+        if not self.status:
+            self.close |= not chunked  # RFC 9112 6.3: in HTTP/1.0 the end of the connection ends the body
+            head = self.head(200, (*STREAM, ("Transfer-Encoding", "chunked")) if chunked else STREAM)
+        self.sent += len(events)
+        if chunked:
+            events = self.wire.chunk(events) + self.wire.LAST_CHUNK if last else self.wire.chunk(events)
+        full: bool = self.connection.write(head + events)
+        return full
+
+    async def body(self, request: Request) -> bytes:
+        """Return the request's body. HTTPError: 400, 413."""
+        c = self.connection
+        c.deadline = now() + BODY_SECONDS
+        if request.expects_continue and not c.buffered and (request.length or 0) <= MAX_BODY:
+            c.write(self.wire.CONTINUE)
+        body = await self.wire.read_body(c.reader, request.length, MAX_BODY)
+        self.read = True
+        return body
+
+    async def discard(self) -> None:
+        """Read what is left of an answered request, so that it is not taken for the next. HTTPError: it is too much."""
+        if self.request is not None and not self.close:
+            self.connection.deadline = now() + BODY_SECONDS
+            await self.wire.read_body(self.connection.reader, self.request.length, MAX_DISCARD)
