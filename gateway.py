@@ -331,8 +331,8 @@ class Gateway:
         for c in connections:
             if c.task is not None and not c.gone:  # who has left was cancelled then, and may be at its last work
                 c.task.cancel()
-        for task in self.jobs.tasks:
-            task.cancel()
+        for run in self.jobs.running():
+            self.runs.stop(run, runs.RunError("cancelled", "The gateway is going down."))
 
     def hurry(self) -> None:
         """End what `stop` still waits for."""

@@ -13,7 +13,7 @@ ENDED_SECONDS = 300.0  # and how long
 MAX_REMEMBERED = 32 * 1024 * 1024  # characters of their answers
 
 Dict = dict[str, Any]
-GOING_DOWN: Dict = {"kind": "cancelled", "message": "The gateway is going down.", "retry_after": None}
+CUT: Dict = {"kind": "cancelled", "message": "The run was cut.", "retry_after": None}
 
 
 if TYPE_CHECKING:
@@ -112,6 +112,10 @@ class Jobs:
         """Return the run of this key, running or remembered."""
         return self._running.get(key) or self._ended.get(key)
 
+    def running(self) -> list[Any]:
+        """Return the runs that have not ended."""
+        return [job.run for job in self._running.values()]
+
     def add(self, run: Run) -> Job:
         """Take an accepted run to its end, whoever stays to hear of it."""
         job = self._running[run.id] = Job(run)
@@ -121,7 +125,7 @@ class Jobs:
         return job
 
     async def _work(self, job: Job) -> None:
-        error: Dict | None = GOING_DOWN  # unless it ends by itself
+        error: Dict | None = CUT  # unless it ends by itself
         try:
             error = await self._drive(job.run)
         finally:

@@ -913,3 +913,15 @@ def test_hurry_waits_for_no_answer_to_a_close(monkeypatch: pytest.MonkeyPatch) -
             await within(stopping)
 
     run(main())
+
+
+def test_a_run_that_has_only_been_accepted_is_ended_too() -> None:
+    async def main() -> None:
+        async with serving() as hub, connected(hub) as peer:
+            job = hub.jobs.add(gateway.Desk(hub).accept("main", "k", "hi", system="", run_id="r", timeout=1))
+            await hub.stop(0)  # its task has not had a turn yet
+            assert job.payload is not None
+            assert job.payload["summary"] == "aborted"
+            assert (await peer.ended())[0] == 1012
+
+    run(main())
