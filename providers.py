@@ -18,6 +18,8 @@ ECHO_SLICE = 256  # words between two turns of the loop: about a tenth of a mill
 THREADS = 256  # of one agent, those that a cancelled run left behind included: a thread cannot be ended
 AHEAD = 16  # items a thread may be ahead of their reader
 MAX_ANSWER = 8 * 1024 * 1024  # bytes of an answer that is not streamed
+MAX_TOOL = 256 * 1024  # characters of a tool event as JSON
+MIN_SECRET = 8  # characters of a header's word that is masked in what a server says; shorter ones are in many texts
 MAX_REFUSAL = 64 * 1024  # bytes of a refusal's body
 MAX_MESSAGE = 500  # characters of another server's message
 MAX_RETRY_AFTER = 86_400  # seconds
@@ -186,10 +188,18 @@ def checked(item: object) -> Item | None:
     if isinstance(item, dict) and len(item) == 1:
         if usage := usage_of(item.get("usage")):
             return {"usage": usage}
-        if item.get("finish_reason") in FINISH_REASONS or isinstance(item.get("tool"), dict):
+        if item.get("finish_reason") in FINISH_REASONS or (isinstance(item.get("tool"), dict) and fits(item["tool"])):
             return item
     name = type(item).__name__
     raise ProviderError("internal", f"the agent gave a {name} that is neither text nor an event", taken=True)
+
+
+def fits(tool: dict[str, Any]) -> bool:
+    """Whether a tool's doing is JSON, and short enough to be told to all who watch."""
+    try:
+        return len(json.dumps(tool, allow_nan=False)) <= MAX_TOOL
+    except (TypeError, ValueError, RecursionError, RuntimeError):  # the last: it is changed by a thread meanwhile
+        return False
 
 
 def listed(result: object) -> Iterable[object]:
@@ -279,7 +289,8 @@ async def close(items: AsyncIterator[Any] | None) -> None:
 def openai_completions(options: dict[str, Any], request: Request) -> Provider:
     """The provider that asks the server at `baseUrl`, always streamed."""
     url = options["baseUrl"].rstrip("/") + "/chat/completions"
-    secrets = [options["apiKey"]] if options.get("apiKey") else []
+    words = [word for value in (options.get("headers") or {}).values() for word in value.split()]
+    secrets = [word for word in (options.get("apiKey"), *words) if word and len(word) >= MIN_SECRET]
     fields, seconds = fields_of(options), options.get("timeoutSeconds")
 
     async def provider(turn: Turn) -> AsyncIterator[Item]:

@@ -124,6 +124,7 @@ class Run:
         """Whether `error` is of the one that drives it: a cancel that is not `stop`'s, or its reader that is gone."""
         others = self.uncancel()
         self.gone |= self.outside or (others and isinstance(error, asyncio.CancelledError))
+        self.gone |= isinstance(error, KeyboardInterrupt)
         self.outside = False
         return self.gone
 
@@ -285,7 +286,7 @@ class Runs:
                 self._tell(run, ("usage", run.usage))
             run.ended_at = time.time()
             return self._tell(run, ("end", run.finish_reason))
-        except (Exception, SystemExit, asyncio.CancelledError) as e:  # the last two may be an agent's own making
+        except BaseException as e:  # an agent may raise anything, and make up a cancel or an exit
             if run.left(e):
                 self._tell(run, CANCELLED)
                 raise
@@ -316,7 +317,7 @@ class Runs:
                     if run.stopping is not None:
                         raise run.stopping
                 return
-            except (Exception, SystemExit, asyncio.CancelledError) as e:
+            except BaseException as e:
                 last = run.left(e) or run.spoken or run.stopping is not None or n == len(run.providers)
                 await _close(words)
                 if last:

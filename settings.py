@@ -211,7 +211,8 @@ class Settings:
 
     def _check_object(self, value: Any, table: dict[str, Any], path: str) -> dict[str, Any]:
         if not isinstance(value, dict):
-            self.problems.append(f"{path or 'the configuration'}: must be an object, not {_said(value)}")
+            said = "this text" if isinstance(value, str) else _said(value)  # it may be a secret, one level too high
+            self.problems.append(f"{path or 'the configuration'}: must be an object, not {said}")
             return Settings({}, [])._check_object({}, table, path)
         if "*" in table:
             return {name: self.check(item, table["*"], _join(path, name)) for name, item in value.items()}
@@ -295,7 +296,7 @@ def _kind(value: object) -> str:
 
 def _said(value: object) -> str:
     """How a message quotes the value: short, and as it stands in the file."""
-    if isinstance(value, (dict, list)):
+    if isinstance(value, (dict, list, Filled)):  # what a variable filled may be a secret
         return _kind(value)
     text = json.dumps(value, ensure_ascii=False, default=repr)
     return text if len(text) <= 60 else text[:57] + '..."'

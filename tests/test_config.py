@@ -288,7 +288,7 @@ APIS = 'must be "echo", "python", "command" or "openai-completions"'
     [
         # shapes
         ([], {}, ["the configuration: must be an object, not a list"]),
-        ("x", {}, ['the configuration: must be an object, not "x"']),
+        ("x", {}, ['the configuration: must be an object, not this text']),
         ({"gateway": None}, {}, ["gateway: must be an object, not null"]),
         ({"agents": {"list": {}}}, {}, ["agents.list: must be a list, not an object"]),
         (agents(3), {}, ["agents.list[0]: must be an object, not 3"]),
@@ -453,7 +453,7 @@ APIS = 'must be "echo", "python", "command" or "openai-completions"'
         (
             provider(**KEY["openai"], models=["m"]),
             {},
-            ['models.providers.x.models[0]: must be an object, not "m"'],
+            ['models.providers.x.models[0]: must be an object, not this text'],
         ),
         (
             {**agents(cliBackends={"x": {"command": "c"}}), **provider(api="echo")},

@@ -98,6 +98,18 @@ def test_a_long_echo_gives_way():
 
 # A Python function
 
+CIRCLE: dict = {}
+CIRCLE["itself"] = CIRCLE
+
+
+@pytest.mark.parametrize(
+    "tool", [{"a": float("nan")}, {"a": object()}, {("a", 1): 2}, CIRCLE, {"a": "x" * 300_000}],
+    ids=["nan", "object", "key", "circle", "long"],
+)  # fmt: skip
+def test_a_tools_doing_is_json_that_can_be_told(tool):
+    with pytest.raises(providers.ProviderError, match="neither text nor an event"):
+        providers.checked({"tool": tool})
+
 
 @pytest.mark.parametrize(
     ("name", "expected"),
@@ -452,6 +464,12 @@ def limited(seconds):
 
 def down(status, taken):
     return [("upstream", f"the model server failed with status {status}", taken, None)]
+
+
+def test_what_configured_fields_carry_is_never_said():
+    body = b'{"error": "Bearer of-some-length was refused, so was sk-secret, x-title: a"}'
+    provider, _ = server(Response(400, body=body), headers={"X-Key": "Bearer of-some-length", "X-Title": "a"})
+    assert run(provider) == refused("Bearer *** was refused, so was ***, x-title: a")
 
 
 REDIRECT = [("upstream_auth", "the model server answered with a redirect, which is never followed", False, None)]

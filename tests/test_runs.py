@@ -887,8 +887,13 @@ class Odd(Exception):
     kind = "odd"
 
 
+class Foreign(BaseException):
+    """What some libraries raise, past every `except Exception`."""
+
+
 @pytest.mark.parametrize(
-    "error", [KeyError("/secret/path"), Odd("/secret/path"), SystemExit("/secret/path"), asyncio.CancelledError()]
+    "error",
+    [KeyError("/secret"), Odd("/secret"), SystemExit("/secret"), asyncio.CancelledError(), Foreign(), GeneratorExit()],
 )
 @pytest.mark.parametrize("first", [(), ("x",)])
 def test_an_agents_own_error_is_logged_and_not_told(

@@ -55,6 +55,7 @@ def reading(environ: dict[str, str] | None = None) -> settings.Settings:
         ({"any": {"x": None}}, {"any": {"x": 1}}, ["any.x: must be a number, not null"], []),
         ({"port": "y" * 99}, {}, ['port: must be a number, not "' + "y" * 56 + '..."'], []),
         ({"paint": 3}, {}, ["paint: must be an object, not 3"], []),
+        ({"paint": "s3cret"}, {}, ["paint: must be an object, not this text"], []),
         ({"items": {}}, {}, ["items: must be a list, not an object"], []),
         (
             {"items": [{}, {"name": 5}, 7]},
