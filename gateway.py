@@ -126,6 +126,10 @@ class House:
         return providers.echo()
 
 
+def _overloaded(message: str) -> APIError:
+    return APIError(503, message, type="overloaded_error", fields=[("Retry-After", "1")])
+
+
 def _unconfigured(name: str) -> runs.Provider:
     async def provider(turn: dict[str, Any]) -> AsyncIterator[str | dict[str, Any]]:
         raise runs.RunError("upstream", f"The model provider `{name}` is not configured (models.providers.{name}).")
@@ -241,7 +245,7 @@ class Gateway:
         events = fanout.Fanout(self.runs.observers)
         self.control = control.Control(desk, self.jobs, events, schema.problem, reports.Reports(desk).methods)
         self.created = int(time.time())
-        self.draining = self.ready = False
+        self.draining = self.ready = self._hurried = False
         self.connections: set[Connection] = set()
         self.upgraded: set[Connection] = set()  # those of them that are WebSockets
         self.port = 0
@@ -302,11 +306,11 @@ class Gateway:
             await asyncio.wait(busy, timeout=left)
         if self._server is not None:
             self._server.close()
-        self._cancel(self.connections - self.upgraded)
+        self._cut()
         if busy := self._busy():
             await asyncio.wait(busy, timeout=STOP_SECONDS)
         self.control.close()
-        for seconds in (GOODBYE_SECONDS, STOP_SECONDS):
+        for seconds in (0 if self._hurried else GOODBYE_SECONDS, STOP_SECONDS):
             if tasks := [c.task for c in self.upgraded if c.task is not None]:
                 await asyncio.wait(tasks, timeout=seconds)
             for task in tasks:
@@ -327,17 +331,25 @@ class Gateway:
         requests = (c.task for c in self.connections - self.upgraded if c.task is not None)
         return [*requests, *self.jobs.tasks]
 
-    def _cancel(self, connections: set[Connection]) -> None:
-        for c in connections:
-            if c.task is not None and not c.gone:  # who has left was cancelled then, and may be at its last work
-                c.task.cancel()
-        for run in self.jobs.running():
-            self.runs.stop(run, runs.RunError("cancelled", "The gateway is going down."))
+    def _cut(self) -> None:
+        """End every run, which its client is told of, and every request that has not come whole."""
+        left = {c.task for c in self.connections if c.gone}  # these were cancelled then, and may be at their last work
+        running = [run for run in self.runs.active if run.task not in left]
+        for run in running:
+            self.runs.stop(run, runs.RunError("overloaded", "The gateway is going down.", taken=run.placed))
+        tasks = {c.task for c in self.connections - self.upgraded} - {run.task for run in running} - left
+        for task in tasks:
+            if task is not None:
+                task.cancel()
 
     def hurry(self) -> None:
         """End what `stop` still waits for."""
-        self.control.close()
-        self._cancel(self.connections)
+        self._hurried = True
+        self._cut()
+        if self.control.closing:
+            for c in self.upgraded:
+                if c.task is not None:
+                    c.task.cancel()
 
     def reload(self, config: Config) -> None:
         """Serve by another configuration from the next request on. Port, TLS and store stay. ConfigError."""
@@ -396,6 +408,9 @@ class Gateway:
                     return False
                 task = asyncio.current_task()
                 if not c.expired or (task is not None and task.uncancel() > 0):
+                    if self.draining and x.request is not None and not x.status:
+                        x.close = True
+                        self._refuse(x, _overloaded("The gateway is going down."))
                     raise
                 if not x.status:
                     self._refuse(x, HTTPError(408, "The request took too long to arrive."))
@@ -433,8 +448,7 @@ class Gateway:
         """Judge in the order of the contract, and answer. APIError, HTTPError: the refusal."""
         house = self.house
         if x.connection.surplus:
-            retry = [("Retry-After", "1")]
-            raise APIError(503, "Too many connections; try again later.", type="overloaded_error", fields=retry)
+            raise _overloaded("Too many connections; try again later.")
         if self._check_sender(x, request, house):
             return
         fields = request.fields
@@ -486,8 +500,7 @@ class Gateway:
     async def _upgrade(self, x: Exchange, request: http1.Request) -> None:
         """Make the connection a WebSocket, and serve its client to the end. APIError."""
         if self.draining:
-            retry = [("Retry-After", "1")]
-            raise APIError(503, "The gateway is going down.", type="overloaded_error", fields=retry)
+            raise _overloaded("The gateway is going down.")
         try:
             fields = rfc6455.accept(request.method, request.fields)
         except rfc6455.HandshakeError as e:
@@ -519,8 +532,9 @@ class Gateway:
 
     def _health(self, x: Exchange, path: str) -> None:
         if path == "/readyz" and (self.draining or not self.ready):
-            raise APIError(503, "The gateway is going down.", type="overloaded_error", fields=[("Retry-After", "1")])
-        x.send(200, b'{"status":"ok"}')
+            raise _overloaded("The gateway is going down.")
+        lost = path == "/readyz" and self.runs.store_error
+        x.send(200, b'{"status":"degraded","store":"a session could not be kept"}' if lost else b'{"status":"ok"}')
 
     def _models(self, x: Exchange, path: str, house: House) -> None:
         if path == "/v1/models":
@@ -557,6 +571,8 @@ class Gateway:
         kind, data = await self.runs.drive(run)
         if kind == "error":
             raise chat.run_error(**data)
+        if run.lost:
+            x.fields.append(("x-copepod-store", "failed"))
         if x.send(200, chat.completion(run.id, call, "".join(run.answer), data, run.usage)):
             await x.connection.drain()
 

@@ -481,6 +481,7 @@ class Response:
                     elif data and line in ("", "\r"):
                         yield "\n".join(data)
                         data, size = [], 0
+        rest += decode(b"", True)
         if rest.startswith("data:"):  # servers exist that end right behind their last line
             data.append(rest[5:].removesuffix("\r").removeprefix(" "))
         if data:

@@ -47,7 +47,7 @@ class Run:
     """One turn of one agent in one session."""
 
     __slots__ = (
-        "agent_id", "answer", "cancels", "deadline", "ended_at", "finish_reason", "gate", "gone", "id", "lane",
+        "agent_id", "answer", "cancels", "deadline", "ended_at", "finish_reason", "gate", "gone", "id", "lane", "lost",
         "outside", "placed", "provider", "providers", "room", "session_key", "spoken", "started_at", "stopping",
         "stored", "task", "turn", "usage",
     )  # fmt: skip
@@ -96,6 +96,7 @@ class Run:
         self.stopping: RunError | None = None  # why it is ended from outside
         self.cancels = 0  # of such an end, not yet taken back
         self.outside = False  # it waits for its reader, not for its agent
+        self.lost = False  # its session could not be read, or the turn not be written
         self.gone = False  # the one that drives it has left
         self.room = MAX_ANSWER
 
@@ -337,7 +338,7 @@ class Runs:
         try:
             run.turn["session_id"], transcript = await self._load(*run.lane)
         except Exception as e:
-            self._lost("read", e)
+            self._lost(run, "read", e)
             return None
         new = undoubled(transcript, run.turn["messages"])
         run.turn["messages"] = [*transcript, *new]
@@ -349,8 +350,9 @@ class Runs:
             await self._save(*run.lane, turn["session_id"], messages, model=turn["model"], usage=run.usage)
             self.store_error = ""
         except Exception as e:
-            self._lost("written", e)
+            self._lost(run, "written", e)
 
-    def _lost(self, what: str, error: Exception) -> None:
+    def _lost(self, run: Run, what: str, error: Exception) -> None:
+        run.lost = True
         self.store_error = f"a session could not be {what}: {error}"
         log.error("%s", self.store_error)

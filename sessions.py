@@ -119,8 +119,8 @@ def _check(path: str) -> None:
     try:
         with closing(_connect(f"file:{name}?mode=ro", uri=True)) as db:
             version: int = db.execute("PRAGMA user_version").fetchone()[0]
-            if version == SCHEMA_VERSION:
-                db.execute("SELECT 1 FROM sessions, messages LIMIT 1").fetchone()
+            if version == SCHEMA_VERSION and not _is_ours(db):
+                version = 0
             small = os.path.getsize(path) <= CHECKED_BYTES
             found: str = db.execute("PRAGMA quick_check(1)").fetchone()[0] if small else "ok"
     except sqlite3.DatabaseError as error:
@@ -128,6 +128,7 @@ def _check(path: str) -> None:
             raise
         found = str(error)
     if found != "ok":
+        found = " ".join(found.split())  # SQLite tells it in several lines
         raise StoreError(
             f"{path} is damaged or no SQLite database ({found}); it was left as it is. "
             f"Move it away to start afresh, or try: sqlite3 FILE .recover"
@@ -139,6 +140,20 @@ def _check(path: str) -> None:
         )
     if version < 1:
         raise StoreError(f"{path} is another program's database: set another session.store")
+
+
+def _is_ours(db: Connection) -> bool:
+    """Whether the tables are those of SCHEMA; any program may have set the same number."""
+    import sqlite3
+
+    try:
+        db.execute("SELECT id, agent, key, session_id, updated_at, extra FROM sessions LIMIT 0")
+        db.execute("SELECT session, seq, role, timestamp, json FROM messages LIMIT 0")
+    except sqlite3.OperationalError as error:
+        if error.sqlite_errorcode != sqlite3.SQLITE_ERROR:  # no such table, no such column
+            raise
+        return False
+    return True
 
 
 def _write(db: Connection, job: Callable[[Connection], Result]) -> Result:
@@ -291,6 +306,7 @@ class Store:
         self._pool: ThreadPoolExecutor | None = None
         self._db: Connection | None = None
         self._lock: int | None = None
+        self._patience = BUSY_SECONDS  # how long the connection waits for another process's lock
         self._closed = False
 
     async def _run(self, job: Callable[[Connection], Result]) -> Result:
@@ -309,10 +325,22 @@ class Store:
         import sqlite3
 
         try:
-            return job(self._db or self._opened())
+            result = job(self._db or self._opened())
+            self._wait_for_locks(BUSY_SECONDS)
+            return result
         except (OSError, sqlite3.Error, UnicodeError) as error:  # UnicodeError: a lone surrogate in an agent or a key
             doing = "used" if self._db else f"opened at {self._path}"
+            code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+            if code == sqlite3.SQLITE_BUSY:
+                self._wait_for_locks(0.0)  # else all the others would wait as long, one after the other
+            elif code == sqlite3.SQLITE_READONLY:
+                self._shut()  # opened anew it may be written, once the file may
             raise StoreError(f"the session store cannot be {doing}: {error}") from error
+
+    def _wait_for_locks(self, seconds: float) -> None:
+        if self._db is not None and self._patience != seconds:
+            self._db.execute(f"PRAGMA busy_timeout = {seconds * 1000:.0f}")
+            self._patience = seconds
 
     def _opened(self) -> Connection:
         try:
@@ -322,7 +350,10 @@ class Store:
                 if not os.path.exists(self._path) or os.path.getsize(self._path) == 0:
                     _create(self._path)
                 _check(self._path)
-            self._db = _connect(self._path)
+                for side in (self._path + "-wal", self._path + "-shm"):  # left by a time when the file was read-only
+                    with suppress(OSError):
+                        os.chmod(side, os.stat(self._path).st_mode & 0o777)
+            self._db, self._patience = _connect(self._path), BUSY_SECONDS
             if self._path == MEMORY:
                 self._db.executescript(SCHEMA)
             # NORMAL would survive kill -9 too, for the system holds what was written; FULL also survives a power cut,

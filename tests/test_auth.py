@@ -36,11 +36,10 @@ def as_field(text: str, encoding: str = "utf-8") -> str:
         ("S3cret", "s3cret", False),
         ("", "s3cret", False),
         ("s3cre", "s3cret", False),
-        (as_field("pässwört"), "pässwört", True),
-        (as_field("pässwört", "latin-1"), "pässwört", True),
-        (as_field("密码"), "密码", True),
-        ("密码", "密码", True),  # from JSON: it was never field bytes
+        ("密码", "密码", True),
         ("é", "é", True),
+        ("Ã©", "é", False),  # from JSON, where it never was bytes of a field
+        ("\xc2\x80", "\xc2\x80", True),
         ("\ud800", "s3cret", False),
         ("\ud800", "\ud800", True),
     ],
@@ -69,7 +68,10 @@ def test_digest_is_sha256_of_utf8() -> None:
         ("Basic abc", None),
         ("Bearerabc", None),
         ("abc", None),
-        ("Bearer " + as_field("à\x85x"), as_field("à\x85x")),  # holds U+00A0 and U+0085, white space to str.split
+        ("Bearer " + as_field("pässwört"), "pässwört"),
+        ("Bearer " + as_field("pässwört", "latin-1"), "pässwört"),
+        ("Bearer " + as_field("密码"), "密码"),
+        ("Bearer " + as_field("à\x85x"), "à\x85x"),  # holds U+00A0 and U+0085, white space to str.split
     ],
 )
 def test_bearer(field: str | None, expected: str | None) -> None:

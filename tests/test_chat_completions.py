@@ -109,6 +109,7 @@ DEPTH = 100_000
         (b'{"a": ' + b"9" * 1_000_000 + b"}", "1000000 digits"),
         (b'{"a": ' + b"[" * 130 + b"]" * 130 + b"}", "nested deeper than 128"),
         (b'{"a": ' + b"[" * 128 + b"1" + b"]" * 128 + b"}", "nested deeper than 128"),
+        (b'{"a": ' + b"[" * 127 + b"{}" + b"]" * 127 + b"}", "nested deeper than 128"),
         (b'{"a":' * 130 + b"{}" + b"}" * 130, "nested deeper than 128"),
         (b"[" * DEPTH + b"]" * DEPTH, "nested"),
         (b'{"a":' * DEPTH + b"1" + b"}" * DEPTH, "nested"),

@@ -570,6 +570,24 @@ def test_health_head_and_options() -> None:
     run(main())
 
 
+def test_a_turn_that_cannot_be_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is answered, and the loss is said: in the answer's head, and by readyz until the next one is kept."""
+
+    async def main() -> None:
+        async with serving() as hub, await Client.open(hub.port) as client:
+            await hub.store.close()
+            answer = await ask(hub, user="u")
+            assert (answer.text, answer.fields["x-copepod-store"]) == ("hi", "failed")
+            ready = await client.ask("GET", "/readyz")
+            assert ready.json == {"status": "degraded", "store": "a session could not be kept"}
+            assert (await client.ask("GET", "/healthz")).json == {"status": "ok"}
+            hub.store._closed = False
+            assert "x-copepod-store" not in (await ask(hub, user="u")).fields
+            assert (await client.ask("GET", "/readyz")).json == {"status": "ok"}
+
+    run(main())
+
+
 def test_going_down() -> None:
     """Idle connections end, new runs are refused, what runs is answered whole; then nobody listens."""
 

@@ -179,6 +179,7 @@ def test_a_second_signal_ends_it_at_once(tmp_path: Path) -> None:
             await within(call.left.wait())
             await gateway.ended()
             assert asyncio.get_running_loop().time() - start < 5  # and not the 30 seconds of the drain
+            assert (await busy.answer()).status == 503
             assert await busy.ended()
 
     run(main())

@@ -736,7 +736,7 @@ def test_a_long_run_shows_life_on_a_terminal(tmp_path: Path) -> None:
     ("number", "said"),
     [
         (signal.SIGKILL, "the connection to URL was lost: try again"),
-        (signal.SIGTERM, "the run was aborted"),
+        (signal.SIGTERM, "The gateway is going down."),
     ],
 )
 def test_a_gateway_that_goes_down_in_the_middle(number: signal.Signals, said: str, tmp_path: Path) -> None:

@@ -430,7 +430,7 @@ def foreign_versioned(path: Path) -> None:
         (cut, "is damaged"),
         (newer, "was written by a newer version (schema 2, this one knows 1)"),
         (foreign, "another program's database"),
-        (foreign_versioned, "no such table: sessions"),
+        (foreign_versioned, "another program's database"),
     ],
 )
 def test_a_file_that_is_refused_is_left_as_it_was(tmp_path: Path, make: Callable[[Path], None], says: str) -> None:
@@ -654,3 +654,42 @@ def test_a_load_reads_its_own_session_by_the_index(tmp_path: Path) -> None:
             assert "TEMP B-TREE" not in json.dumps(plan)
 
     using(Store(":memory:", 10), work)
+
+
+def test_a_lock_that_is_held_is_waited_for_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind one that has waited in vain the others fail at once; after one that succeeds they wait again."""
+    monkeypatch.setattr(sessions, "BUSY_SECONDS", 0.05)
+    path = tmp_path / "store"
+
+    async def test() -> None:
+        store = Store(str(path), 10)
+        await store.open()
+        patience: list[float] = []
+        with closing(sqlite3.connect(path, isolation_level=None)) as other:
+            other.execute("BEGIN IMMEDIATE")
+            for _ in range(2):
+                with pytest.raises(StoreError, match="locked"):
+                    await store.delete("a", "k")
+                patience.append(store._patience)
+            other.execute("ROLLBACK")
+        await store.delete("a", "k")
+        await store.delete("a", "k")
+        assert [*patience, store._patience] == [0.0, 0.0, 0.05]
+        await store.close()
+
+    asyncio.run(test())
+
+
+def test_a_store_that_may_be_written_again_is(tmp_path: Path) -> None:
+    path = tmp_path / "store"
+
+    async def test() -> None:
+        store = Store(str(path), 10)
+        await store.open()
+        await store._run(lambda db: db.execute("PRAGMA query_only = ON").fetchall())  # as when its file is read-only
+        with pytest.raises(StoreError, match="readonly"):
+            await store.delete("a", "k")
+        await store.delete("a", "k")
+        await store.close()
+
+    asyncio.run(test())

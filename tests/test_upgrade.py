@@ -921,7 +921,7 @@ def test_a_run_that_has_only_been_accepted_is_ended_too() -> None:
             job = hub.jobs.add(gateway.Desk(hub).accept("main", "k", "hi", system="", run_id="r", timeout=1))
             await hub.stop(0)  # its task has not had a turn yet
             assert job.payload is not None
-            assert job.payload["summary"] == "aborted"
+            assert job.payload["summary"] == "The gateway is going down."
             assert (await peer.ended())[0] == 1012
 
     run(main())
