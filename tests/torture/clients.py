@@ -148,7 +148,7 @@ class Others:
         """Return what was seen of them, who were served at normal speed."""
         alone, now = statistics.median(self.alone), statistics.median(self.took)
         longest = max(self.took)
-        assert now <= 5 * alone + 0.05, f"others waited {now * 1e3:.0f} ms, alone {alone * 1e3:.0f}"
+        assert now <= 5 * alone + 0.5, f"others waited {now * 1e3:.0f} ms, alone {alone * 1e3:.0f}"
         assert longest < 3, f"another client waited {longest:.1f} s"
         return f"{len(self.took)} other answers, median {now * 1e3:.1f} ms (longest {longest * 1e3:.0f})"
 

@@ -395,7 +395,7 @@ PROGRAMS: dict[str, tuple[str, Asked]] = {
     "stopped": ("kill -STOP $$", TIMED_OUT),
     "closes": ("echo words; exec >&- 2>&-; sleep 600", TIMED_OUT._replace(words="words\n")),
     "floods-stdout": ("yes", UPSTREAM),
-    "floods-stderr": ("yes | head -c 20000000 >&2; echo words", Asked(200, words="words\n")),
+    "floods-stderr": ("yes | head -c 2000000 >&2; echo words", Asked(200, words="words\n")),
     "floods-both": ("yes >&2 & yes", UPSTREAM),
     "grandchild": ("sleep 600 & echo words", Asked(200, words="words\n")),
     "stubborn-grandchild": ("(trap '' TERM; sleep 600) & echo words", Asked(200, words="words\n")),
@@ -556,7 +556,7 @@ def upstream_faults(n: int) -> Row:
 
     def config(port: int, plain_port: int, tls_port: int) -> dict[str, Any]:
         def provider(name: str) -> dict[str, Any]:
-            seconds = 10 if name == "floods" else 2 * TIMEOUT
+            seconds = 2 * TIMEOUT if faults[name].status == 504 else 10
             return {"api": "openai-completions", "baseUrl": urls[name], "apiKey": "k", "timeoutSeconds": seconds}
 
         with socket.socket() as sock:
