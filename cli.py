@@ -5,11 +5,12 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
 if TYPE_CHECKING:
     from argparse import ArgumentParser, Namespace
@@ -20,6 +21,7 @@ MAX_STDIN_BYTES = 1 << 20  # a message is no longer than the body of a request
 MAX_SECONDS = 604800  # a week, as in the configuration
 QUIET_SECONDS = 2.0  # without a word, then the seconds are shown
 LOG_SECONDS = 0.1  # how long a line of the access log may wait for others
+CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # but tab and line feed
 INTERRUPTED = 130  # what a shell reports of a program that SIGINT ended
 
 
@@ -44,7 +46,7 @@ CALLING = (
     Option("--token", {"metavar": "T", "help": "the token or password to call it with"}),
 )
 WAITING = (
-    Option("--timeout", {"metavar": "S", "type": float, "default": 30.0, "help": "seconds to wait (30)"}),
+    Option("--timeout", {"metavar": "S", "type": float, "default": 35.0, "help": "seconds to wait (35)"}),
     *CALLING,
 )
 AS_JSON = Option("--json", {"action": "store_true", "help": "print the payload as JSON"})
@@ -138,7 +140,12 @@ def run(
 def fail(text: str) -> None:
     """Prints each line of it on stderr as an error."""
     for line in text.splitlines() or ["failed"]:
-        print(f"{PROGRAM}: error: {line}", file=sys.stderr)
+        print(f"{PROGRAM}: error: {_plain(line, sys.stderr)}", file=sys.stderr)
+
+
+def _plain(text: str, stream: TextIO) -> str:
+    """The text without what would command a terminal, where the stream is one; a model's words may be a stranger's."""
+    return CONTROLS.sub("\ufffd", text) if stream.isatty() else text
 
 
 def say_ready(url: str, chat_completions: bool, mode: str) -> None:
@@ -182,7 +189,7 @@ class Answer:
             self._show("")
             if not self._as_json:
                 self._said.append(data)
-                print(data, end="", flush=True)
+                print(_plain(data, sys.stdout), end="", flush=True)
         return False
 
     def end(self, payload: Any) -> int:
@@ -230,7 +237,7 @@ def print_health(address: str, hello: Any, payload: Any, as_json: bool) -> int:
     well = _at(health, "ok") is not False
     minutes = (_at(hello, "snapshot", "uptimeMs") or 0) // 60_000
     agents = _at(health, "agents") or []
-    runs = _at(payload, "runs") or {}
+    runs = _at(payload, "runs")
     facts = {
         "gateway": f"{address} is {'well' if well else 'not well'}",
         "trouble": "; ".join(_at(health, "troubles") or []),
@@ -238,12 +245,13 @@ def print_health(address: str, hello: Any, payload: Any, as_json: bool) -> int:
         "default": _at(hello, "snapshot", "sessionDefaults", "defaultAgentId"),
         "agents": ", ".join(str(_at(agent, "agentId")) for agent in agents),
         "sessions": sum(_at(agent, "sessions", "count") or 0 for agent in agents) if agents else "",
-        "runs": ", ".join(f"{number} {state}" for state, number in runs.items()),
+        "runs": ", ".join(f"{number} {state}" for state, number in runs.items()) if isinstance(runs, dict) else "",
     }
     if as_json:
         print_payload(payload)
     else:
-        print("\n".join(f"{name:<10}{fact}" for name, fact in facts.items() if fact not in ("", None)))
+        lines = (f"{name:<10}{fact}" for name, fact in facts.items() if fact not in ("", None))
+        print("\n".join(_plain(line, sys.stdout) for line in lines))
     return 0 if well else 1
 
 
@@ -327,11 +335,13 @@ def _parse(argv: Sequence[str], version: str) -> Namespace:
         raise UsageError("the message is empty: say something with --message TEXT")
     if options.command == "agent" and options.local and (options.url or options.token or options.session_id):
         raise UsageError("--url, --token and --session-id are for a running gateway: leave --local out")
+    if options.command == "agent" and options.session_key and options.session_id:
+        raise UsageError("--session-key and --session-id both name a conversation: give one of them")
     if options.command == "call":
         options.params = _object(options.params or "{}")
     timeout = getattr(options, "timeout", None)
     if timeout is not None and not 0 < timeout <= MAX_SECONDS:
-        raise UsageError(f"--timeout: must be a number of seconds from 0 to {MAX_SECONDS}")
+        raise UsageError(f"--timeout: must be a number of seconds above 0, at most {MAX_SECONDS}")
     return options
 
 

@@ -8,6 +8,7 @@ import logging
 import os
 import time
 from collections.abc import Awaitable, Callable, Collection, Mapping
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Protocol
 
 PROTOCOL = 3
@@ -17,7 +18,7 @@ HEALTH_SECONDS = 60.0  # between two events of health, as in the family
 TICK_SECONDS = 30.0  # between two ticks, and two pings; the family's command line gives up after two that are missing
 HANDSHAKE_SECONDS = 10.0
 SILENCE_SECONDS = 65.0  # of a client that does not even answer pings
-MAX_WAITS = 64  # `agent.wait`s of one connection at once
+MAX_WAITS = 64  # `agent.wait`s of one connection at once, and requests with one idempotency key
 WAIT_MS = 30_000  # of an `agent.wait` that says nothing
 SHOWN = 100  # clients in a list of presence
 
@@ -29,6 +30,7 @@ CHANNELS = {  # the family's: its command line names one even when nothing is de
 }  # fmt: skip
 
 INVALID, UNAVAILABLE = "INVALID_REQUEST", "UNAVAILABLE"
+MISMATCH = "protocol mismatch"
 POLICY, PROTOCOL_ERROR, RESTART = 1008, 1002, 1012  # close codes, RFC 6455 7.4.1 and the registry
 
 Dict = dict[str, Any]
@@ -57,9 +59,9 @@ if TYPE_CHECKING:
         error: Dict | None  # of the last answer; None: it went well
         then: list[Callable[[Any], None]]  # who is told of the end
 
-        @property
-        def run(self) -> Any: ...
-        def waited(self) -> Dict: ...
+        id: str
+        place: tuple[str, str]  # agent id and session key
+        waited: Dict  # what `agent.wait` says
 
     class Jobs(Protocol):
         """Those runs."""
@@ -104,7 +106,7 @@ if TYPE_CHECKING:
         def admit(self, given: str | None, client: str, fields: Mapping[str, str]) -> Verdict: ...
         def parse(self, message: str | bytes) -> Dict: ...
         def accept(self, agent: str, key: str, message: str, *, system: str, run_id: str, timeout: float) -> Any: ...
-        def stop(self, run: Any, reason: str) -> None: ...
+        def stop(self, run: Any, reason: str) -> bool: ...  # False: it has ended, or is being stored
         def active(self) -> Collection[Run]: ...
         async def find(self, session_id: str) -> tuple[str, str] | None: ...  # a stored session's agent and key
 
@@ -138,7 +140,8 @@ class Client:
         self.role = "operator"
         self.scopes: frozenset[str] = frozenset()
         self.about: Dict = {}  # for the list of presence
-        self.waits: set[Callable[[], None]] = set()  # each calls one off
+        self.asked: set[Callable[[], None]] = set()  # what takes it off the list of those who hear of a run's end
+        self.waits: set[Callable[[], None]] = set()  # the same of its `agent.wait`s
 
     def hear(self) -> None:
         self.alive = True
@@ -149,7 +152,10 @@ class Client:
         return self.connected and self.about["mode"] != "cli"
 
     def may(self, scope: str) -> bool:
-        return scope in self.scopes or ADMIN in self.scopes
+        if self.role != "operator":
+            return False
+        # As in the family, who may write may read.
+        return scope in self.scopes or ADMIN in self.scopes or (scope == READ and WRITE in self.scopes)
 
     def push(self, event: bytes) -> None:
         """Send an event, JSON that lacks its number and its closing brace."""
@@ -210,11 +216,11 @@ class Control:
             "agent.identity.get": (READ, self._identity),
             "chat.send": (WRITE, self._chat_send),
             "chat.abort": (WRITE, self._chat_abort),
-            "chat.history": (READ, self._report_of_session("chat.history", of="sessionKey")),
-            "sessions.preview": (READ, self._report_of_session("sessions.preview", of="keys")),
-            "sessions.reset": (WRITE, self._report_of_session("sessions.reset", of="key")),
-            "sessions.delete": (WRITE, self._report_of_session("sessions.delete", of="key")),
-            "sessions.patch": (WRITE, self._report_of_session("sessions.patch", of="key")),
+            "chat.history": (READ, self._report("chat.history", of="sessionKey")),
+            "sessions.preview": (READ, self._report("sessions.preview", of="keys")),
+            "sessions.reset": (WRITE, self._report("sessions.reset", of="key")),
+            "sessions.delete": (WRITE, self._report("sessions.delete", of="key")),
+            "sessions.patch": (WRITE, self._report("sessions.patch", of="key")),
             "system-presence": (READ, self._system_presence),
             "config.get": (ADMIN, self._report("config.get")),
         }
@@ -240,7 +246,7 @@ class Control:
             self._clients.discard(client)
             self._events.leave(client.push)
             self._changed |= client.listed
-            for leave in client.waits:
+            for leave in (*client.asked, *client.waits):
                 leave()
 
     def tick(self, now: float) -> None:
@@ -275,7 +281,9 @@ class Control:
 
     def announce(self, reason: str) -> None:
         """Tell every client that the gateway goes down."""
-        self._events.tell("shutdown", {"reason": reason})
+        event = encode({"type": "event", "event": "shutdown", "payload": {"reason": reason}})[:-1].encode()
+        for client in [client for client in self._clients if client.connected]:
+            client.push(event)
 
     def close(self) -> None:
         """Close every connection."""
@@ -287,39 +295,37 @@ class Control:
 
     async def _open(self, client: Client, message: str | bytes) -> None:
         """Take the first request, which must be `connect`."""
-        id = None
         try:
             frame = self._hub.parse(message)
-            if self._problem("request frame", frame):
-                raise Refusal(INVALID, "invalid request frame")
-            id = frame["id"]
         except Refusal:
+            frame = {}
+        if self._problem("request frame", frame):
             client.socket.close(POLICY, "invalid request frame")
             return
+        id = frame["id"]
         try:
             if frame["method"] != "connect":
                 raise Refusal(INVALID, "invalid handshake: first request must be connect")
             params = self._params("connect", frame)
             if not params["minProtocol"] <= PROTOCOL <= params["maxProtocol"]:
-                raise Refusal(INVALID, "protocol mismatch", details={"expectedProtocol": PROTOCOL})
+                raise Refusal(INVALID, MISMATCH, details={"expectedProtocol": PROTOCOL})
             if params.get("role", "operator") not in ("operator", "node"):
                 raise Refusal(INVALID, "invalid role")
             self._admit(client, params.get("auth") or {})
         except Refusal as refusal:
             client.refuse(id, refusal.error)
-            mismatch = "details" in refusal.error
-            client.socket.close(PROTOCOL_ERROR if mismatch else POLICY, str(refusal))
+            client.socket.close(PROTOCOL_ERROR if str(refusal) == MISMATCH else POLICY, str(refusal))
             return
         client.role = params.get("role", "operator")
         client.scopes = frozenset(params.get("scopes") or (READ, WRITE))
         client.about = params["client"]
         if "device" in params:
             client.about["deviceId"] = params["device"]["id"]
-        health = await self._reports["health"]({})
+        health = await self._reports["health"]({}) if client.may(READ) else {}
         client.connected = True
         self._changed |= client.listed
         client.answer(id, self._hello(client, health))
-        if client.role == "operator" and client.may(READ):
+        if client.may(READ):
             self._events.join(client.push)
 
     def _admit(self, client: Client, auth: Dict) -> None:
@@ -327,6 +333,7 @@ class Control:
         verdict = self._hub.admit(auth.get(mode), client.address, client.fields)
         if verdict.ok:
             return
+        log.warning("%s: a WebSocket client without the right secret", client.address)
         if verdict.retry_after:
             message = f"too many failed attempts: try again in {verdict.retry_after} seconds"
             raise Refusal(UNAVAILABLE, message, retryable=True, retryAfterMs=verdict.retry_after * 1000)
@@ -342,7 +349,7 @@ class Control:
             "server": {"version": self._hub.version, "host": os.uname().nodename, "connId": client.id},
             "features": {"methods": list(self._methods), "events": list(EVENTS)},
             "snapshot": {
-                "presence": self._present(),
+                "presence": self._present() if client.may(READ) else [],
                 "health": health,
                 "stateVersion": {"presence": self._presence, "health": 1},
                 "uptimeMs": int((time.monotonic() - self._begun) * 1000),
@@ -433,7 +440,7 @@ class Control:
         if not key and "sessionId" in params:
             found = await self._hub.find(params["sessionId"])
             if found is not None and agent in ("", found[0]):
-                agent, key = found
+                agent, key = self._known("agent", found[0]), found[1]
             else:
                 key = f"agent:{agent or self._hub.default_agent}:session:{params['sessionId']}"
         elif not key:
@@ -442,8 +449,19 @@ class Control:
         place = self._session("agent", key, agent)
         job, _ = self._job(params, place, params.get("extraSystemPrompt", ""), params.get("timeout", 0))
         if job.payload is None:
-            client.answer(id, {"runId": job.run.id, "status": "accepted", "acceptedAt": job.accepted_at})
-            job.then.append(lambda job: client.end(id, job))
+            if len(job.then) >= MAX_WAITS:
+                raise Refusal(UNAVAILABLE, f"{MAX_WAITS} requests of this idempotencyKey are open", retryable=True)
+            client.answer(id, {"runId": job.id, "status": "accepted", "acceptedAt": job.accepted_at})
+
+            def tell(job: Job) -> None:
+                client.asked.discard(leave)
+                client.end(id, job)
+
+            def leave() -> None:
+                job.then.remove(tell)
+
+            job.then.append(tell)
+            client.asked.add(leave)
         else:
             client.end(id, job)
         return LATER
@@ -452,7 +470,7 @@ class Control:
         place = self._session("chat.send", params["sessionKey"])
         job, new = self._job(params, place, "", params.get("timeoutMs", 0) / 1000)
         if job.payload is None:
-            return {"runId": job.run.id, "status": "started" if new else "in_flight"}
+            return {"runId": job.id, "status": "started" if new else "in_flight"}
         client.end(id, job)
         return LATER
 
@@ -463,8 +481,10 @@ class Control:
         """
         key = params["idempotencyKey"]
         job: Job | None = self._jobs.get(key)
-        if job is not None:
+        if job is not None and job.place == place:
             return job, False
+        if job is not None or any(run.id == key for run in self._hub.active()):
+            raise Refusal(INVALID, "this idempotencyKey is of a run in another session: use a fresh one")
         run = self._hub.accept(*place, params["message"], system=system, run_id=key, timeout=timeout)
         return self._jobs.add(run), True
 
@@ -472,13 +492,13 @@ class Control:
         run_id = params["runId"]
         job: Job | None = self._jobs.get(run_id)
         if job is not None and job.payload is not None:
-            return job.waited()
+            return job.waited
         if len(client.waits) >= MAX_WAITS:
             raise Refusal(UNAVAILABLE, f"{MAX_WAITS} waits of this connection are open; let one end", retryable=True)
 
         def end(job: Job | None) -> None:
             client.waits.discard(leave)
-            client.answer(id, {"runId": run_id, "status": "timeout"} if job is None else job.waited())
+            client.answer(id, {"runId": run_id, "status": "timeout"} if job is None else job.waited)
 
         leave = self._jobs.wait(run_id, params.get("timeoutMs", WAIT_MS) / 1000, end)
         client.waits.add(leave)
@@ -490,31 +510,28 @@ class Control:
         found = [
             run
             for run in self._hub.active()
-            if run.session_key == key and (run.id == wanted or (wanted is None and run.agent_id == agent))
+            if run.session_key == key and (run.id == wanted if wanted else run.agent_id == agent)
         ]
-        for run in found:
-            self._hub.stop(run, "The run was aborted.")
-        return {"ok": True, "aborted": bool(found), "runIds": [run.id for run in found]}
+        ended = [run.id for run in found if self._hub.stop(run, "The run was aborted.")]
+        return {"ok": True, "aborted": bool(ended), "runIds": ended}
 
     # What is told of the gateway and its sessions
 
-    def _report(self, name: str) -> Handler:
-        """Return what answers the method `name` with a report."""
-        report: Callable[[Dict], Awaitable[Answer]] = self._reports[name]
-
-        async def handler(client: Client, id: str, params: Dict) -> Answer:
-            return await report(params)
-
-        return handler
-
-    def _report_of_session(self, name: str, *, of: str) -> Handler:
-        """The same for one that is about the session, or the sessions, that the parameter `of` names."""
+    def _report(self, name: str, of: str = "") -> Handler:
+        """Return what answers the method `name`, about the session or the sessions that the parameter `of` names."""
         report: Callable[..., Awaitable[Answer]] = self._reports[name]
 
         async def handler(client: Client, id: str, params: Dict) -> Answer:
+            if not of:
+                return await report(params)
+            agent = self._known(name, params["agentId"]) if "agentId" in params else ""
             if isinstance(params[of], str):
-                return await report(params, self._session(name, params[of]))
-            return await report(params, [self._session(name, key) for key in params[of]])
+                return await report(params, self._session(name, params[of], agent))
+            places = {}
+            for key in params[of]:
+                with suppress(Refusal):  # of an agent that there is no more: missing, and no reason to tell nothing
+                    places[key] = self._session(name, key)
+            return await report(params, places)
 
         return handler
 
@@ -539,6 +556,6 @@ class Control:
         for client in there[:SHOWN]:
             about = {key: value for key, value in client.about.items() if key not in ("id", "displayName")}
             name = client.about.get("displayName", client.about["id"])
-            about |= {"host": name, "roles": [client.role], "scopes": sorted(client.scopes)}
+            about |= {"host": name, "roles": [client.role], "scopes": sorted(client.scopes & {READ, WRITE, ADMIN})}
             entries.append({**about, "reason": "connect", "text": f"Client: {name}", "ts": now})
         return entries

@@ -8,9 +8,10 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
+TEXT_RATE = 200_000  # characters a second of a run's text so far, which each of its events has whole
 AGENT_SECONDS = 0.05  # between two `assistant` events of a run; the words of the meantime are joined
 CHAT_SECONDS = 0.15  # between two `chat` deltas of a run, as in the family
-MAX_TEXT = 256 * 1024  # characters of an answer so far that are sent again with each delta
+MAX_TEXT = 256 * 1024  # bytes of an answer so far that are sent again with each delta
 
 encode: Callable[[Any], str] = json.JSONEncoder(separators=(",", ":")).encode
 
@@ -28,15 +29,22 @@ if TYPE_CHECKING:
 class _Watch:
     """What was told of one run."""
 
-    __slots__ = ("agent_at", "chat", "chat_at", "run", "seq", "timer", "words")
+    __slots__ = ("agent_next", "chat", "chat_at", "long", "run", "seq", "timer", "words")
 
     def __init__(self, run: Run) -> None:
         self.run = run
         self.seq = 0
         self.words: list[str] = []  # not told yet
         self.chat = ""  # the text that `chat` was not told yet
-        self.agent_at = self.chat_at = float("-inf")  # when they were told of words
+        self.agent_next = self.chat_at = float("-inf")  # when they were told of words
         self.timer: asyncio.TimerHandle | None = None
+        self.long = False  # the answer so far is beyond MAX_TEXT
+
+    def text(self) -> str:
+        """Return the answer so far, "" where it is too long."""
+        text = "" if self.long else "".join(self.run.answer)
+        self.long |= len(text if text.isascii() else text.encode("utf-8", "replace")) > MAX_TEXT
+        return "" if self.long else text
 
 
 class Fanout:
@@ -104,24 +112,23 @@ class Fanout:
             watch.timer.cancel()
             watch.timer = None
         now = self._clock()
-        if watch.words and (last or now >= watch.agent_at + AGENT_SECONDS):
-            watch.agent_at = now
+        if watch.words and (last or now >= watch.agent_next):
             data = {"delta": "".join(watch.words)}
             watch.words.clear()
-            text = "".join(watch.run.answer)
-            watch.chat = text if len(text) <= MAX_TEXT else ""
-            self._agent(watch, "assistant", {"text": text, **data} if watch.chat else data)
+            text = watch.chat = watch.text()
+            watch.agent_next = now + max(AGENT_SECONDS, len(watch.chat) / TEXT_RATE)
+            self._agent(watch, "assistant", {"text": text, **data} if text else data)
         if watch.chat and not last and now >= watch.chat_at + CHAT_SECONDS:
             watch.chat_at = now
             self._chat(watch, "delta", {"message": message(watch.chat)})
             watch.chat = ""
         if not last and (watch.words or watch.chat):
-            at = watch.agent_at + AGENT_SECONDS if watch.words else watch.chat_at + CHAT_SECONDS
+            at = watch.agent_next if watch.words else watch.chat_at + CHAT_SECONDS
             watch.timer = asyncio.get_running_loop().call_later(at - now, self._tell_words, watch)
 
     def _end(self, watch: _Watch, error: dict[str, Any] | None) -> None:
-        text = "".join(watch.run.answer)
-        said = {"message": message(text)} if 0 < len(text) <= MAX_TEXT else {}  # chat.history has the long ones
+        text = watch.text()
+        said = {"message": message(text)} if text else {}  # chat.history has the long ones
         if error is None:
             self._agent(watch, "lifecycle", {"phase": "end", "endedAt": _ms()})
             self._chat(watch, "final", said)

@@ -201,8 +201,8 @@ class Desk:
         kind, data = await self._gateway.runs.drive(run)
         return data if kind == "error" else None
 
-    def stop(self, run: runs.Run, reason: str) -> None:
-        self._gateway.runs.stop(run, runs.RunError("cancelled", reason))
+    def stop(self, run: runs.Run, reason: str) -> bool:
+        return self._gateway.runs.stop(run, runs.RunError("cancelled", reason))
 
     def active(self) -> list[runs.Run]:
         return list(self._gateway.runs.active)
@@ -358,6 +358,7 @@ class Gateway:
             house.gate = self.house.gate  # with the failures that it remembers
         self.house = house
         self.runs.max_concurrent = config.max_concurrent
+        self.runs.fill()
 
     def _connection(self) -> Connection:
         return Connection(
@@ -724,7 +725,8 @@ async def _run_there(config: Config, options: Namespace) -> int:
 def _remote(config: Config, options: Namespace) -> remote.Remote:
     """Return what calls the gateway of --url, else that of the configuration."""
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.bind, config.bind)  # noqa: S104
-    address, files = remote.Address(host, config.port, "/", config.tls is not None), config.tls
+    address = own = remote.Address(host, config.port, "/", config.tls is not None)
+    files = config.tls
     if options.url is not None:
         try:
             address, files = remote.parse_url(options.url), None
@@ -733,14 +735,15 @@ def _remote(config: Config, options: Namespace) -> remote.Remote:
     elif not config.port:
         raise cli.UsageError("gateway.port is 0, so where it listens is not known: give --url")
     names = {"token": options.token, "password": options.token} if options.token else {}
-    secret = names or ({config.auth.mode: config.auth.secret} if config.auth.secret else {})
+    if not names and config.auth.secret and address[:2] == own[:2]:  # never to a stranger
+        names = {config.auth.mode: config.auth.secret}
 
     async def open_(heard: Callable[[], None]) -> rfc6455.WebSocket:
         context = tls.client_context(files and files[0]) if address.tls else None
         where, limit = address[:3], remote.MAX_MESSAGE
         return await rfc6455.connect(*where, tls=context, max_message=limit, on_activity=heard)
 
-    return remote.Remote(address, open_, rfc6455.HandshakeError, VERSION, secret)
+    return remote.Remote(address, open_, rfc6455.HandshakeError, VERSION, names)
 
 
 async def _ask(options: Namespace, method: str, params: Mapping[str, Any]) -> tuple[str, dict[str, Any], Any]:

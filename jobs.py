@@ -22,6 +22,8 @@ if TYPE_CHECKING:
         """What is looked at of a run."""
 
         id: str
+        agent_id: str
+        session_key: str
         turn: Dict
         usage: dict[str, int]
         provider: str
@@ -34,25 +36,24 @@ class Job:
     """A run under its idempotency key, which is the run's id."""
 
     def __init__(self, run: Run) -> None:
-        self.run = run
+        self.id, self.place = run.id, (run.agent_id, run.session_key)
         self.accepted_at = _now_ms()
         self.payload: Dict | None = None  # of the last answer, once the run has ended
         self.error: Dict | None = None  # of the last answer; None: it went well
         self.then: list[Callable[[Job], None]] = []  # who is told of the end
+        self.waited: Dict = {}  # what `agent.wait` says, likewise
+        self.size = 0  # characters of the answer
         self.forget_at = float("inf")
 
-    def end(self, error: Dict | None) -> None:
-        """Keep what is answered last; `error` as the run's last event has it."""
-        self.payload = final(self.run, error)
+    def end(self, run: Run, error: Dict | None) -> None:
+        """Keep what is answered last, and not the run, which holds its whole conversation; `error` as its event's."""
+        self.payload, self.size = final(run, error), sum(map(len, run.answer))
         if error is not None and self.payload["status"] == "error":
             self.error = told(error["kind"], error["message"], error["retry_after"])
-
-    def waited(self) -> Dict:
-        """Return what `agent.wait` says of the run, which has ended."""
-        times = (("startedAt", self.run.started_at), ("endedAt", self.run.ended_at))
-        payload: Dict = {"runId": self.run.id, "status": "ok" if self.error is None else "error"}
-        payload |= {name: int(at * 1000) for name, at in times if at is not None}
-        return payload if self.error is None else {**payload, "error": self.error["message"]}
+        times = (("startedAt", run.started_at), ("endedAt", run.ended_at or time.time()))
+        self.waited = {"runId": run.id, "status": "ok" if self.error is None else "error"}
+        self.waited |= {name: int(at * 1000) for name, at in times if at is not None}
+        self.waited |= {} if self.error is None else {"error": self.error["message"]}
 
 
 def _now_ms() -> int:
@@ -112,31 +113,26 @@ class Jobs:
         """Return the run of this key, running or remembered."""
         return self._running.get(key) or self._ended.get(key)
 
-    def running(self) -> list[Any]:
-        """Return the runs that have not ended."""
-        return [job.run for job in self._running.values()]
-
     def add(self, run: Run) -> Job:
         """Take an accepted run to its end, whoever stays to hear of it."""
         job = self._running[run.id] = Job(run)
-        task = asyncio.get_running_loop().create_task(self._work(job))
+        task = asyncio.get_running_loop().create_task(self._work(job, run))
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
         return job
 
-    async def _work(self, job: Job) -> None:
+    async def _work(self, job: Job, run: Run) -> None:
         error: Dict | None = CUT  # unless it ends by itself
         try:
-            error = await self._drive(job.run)
+            error = await self._drive(run)
         finally:
-            self._end(job, error)
+            self._end(job, run, error)
 
-    def _end(self, job: Job, error: Dict | None) -> None:
-        run = job.run
-        job.end(error)
+    def _end(self, job: Job, run: Run, error: Dict | None) -> None:
+        job.end(run, error)
         job.forget_at = time.monotonic() + ENDED_SECONDS
         self._ended[run.id] = self._running.pop(run.id)
-        self._remembered += _size(job)
+        self._remembered += job.size
         for then in [*job.then, *self._waits.get(run.id, ())]:
             then(job)
         job.then.clear()
@@ -171,7 +167,7 @@ class Jobs:
         kind, data = event
         if kind in ("end", "error") and run.id in self._waits and run.id not in self._running:
             job = Job(run)
-            job.end(data if kind == "error" else None)
+            job.end(run, data if kind == "error" else None)
             for then in list(self._waits[run.id]):
                 then(job)
 
@@ -182,8 +178,4 @@ class Jobs:
 
     def _forget(self) -> None:
         _, job = self._ended.popitem(last=False)
-        self._remembered -= _size(job)
-
-
-def _size(job: Job) -> int:
-    return sum(map(len, job.run.answer))
+        self._remembered -= job.size

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Awaitable, Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
@@ -18,6 +19,7 @@ Place = tuple[str, str]  # agent id and session key
 
 NO_LIMIT = {"abortedLastRun": False, "contextTokens": None, "remainingTokens": None, "percentUsed": None}
 
+log = logging.getLogger("copepod")
 encode: Callable[[Any], str] = json.JSONEncoder(separators=(",", ":")).encode
 
 
@@ -55,7 +57,7 @@ if TYPE_CHECKING:
         def store(self) -> Store: ...
         @property
         def store_name(self) -> str: ...  # for people; no path of the host
-        def stop(self, run: Any, reason: str) -> None: ...
+        def stop(self, run: Any, reason: str) -> bool: ...
         def active(self) -> Collection[Run]: ...
         def troubles(self) -> list[str]: ...  # what keeps the gateway from being well
         def config(self) -> Dict: ...  # in effect, secrets redacted
@@ -104,15 +106,20 @@ class Reports:
 
     async def _health(self, params: Dict) -> Dict:
         begun, hub = time.monotonic(), self._hub
-        default, counts = hub.default_agent, await hub.store.counts()
-        agents = []
-        for agent, name in hub.agents.items():
+        default, names, troubles = hub.default_agent, hub.agents, hub.troubles()
+        counts, agents = dict[str, int](), []
+        try:
+            counts = await hub.store.counts()
+            recents = {agent: await self._recent([agent]) for agent in names}
+        except Exception:
+            log.exception("the sessions cannot be read")
+            troubles, recents = [*troubles, "the sessions cannot be read"], {}
+        for agent, name in names.items():
             entry = {"agentId": agent, **({"name": name} if name else {}), "isDefault": agent == default}
-            recent = await self._recent([agent])
+            recent = recents.get(agent, [])
             short = [{key: session[key] for key in ("key", "updatedAt", "age")} for session in recent]
             sessions = {"path": hub.store_name, "count": counts.get(agent, 0), "recent": short}
             agents.append({**entry, "heartbeat": _no_heartbeat(), "sessions": sessions})
-        troubles = hub.troubles()
         return {
             "ok": not troubles,
             **({"troubles": troubles} if troubles else {}),
@@ -169,10 +176,10 @@ class Reports:
         return {"models": self._hub.models}
 
     async def _sessions(self, params: Dict) -> Dict:
-        agent = params.get("agentId")
+        agents = [params["agentId"]] if "agentId" in params else list(self._hub.agents)
         filtered = params.keys() & {"activeMinutes", "label", "search", "spawnedBy"}
         limit = params.get("limit", LISTED)
-        found = await self._hub.store.list(None if filtered else limit, None if agent is None else [agent])
+        found = await self._hub.store.list(None if filtered else limit, agents)
         now, search = _now_ms(), params.get("search", "").lower()
         minutes = params.get("activeMinutes")
         kept = [
@@ -185,14 +192,19 @@ class Reports:
         about = {"ts": now, "path": self._hub.store_name, "count": len(kept), "defaults": self._defaults()}
         return {**about, "sessions": kept}
 
-    async def _preview(self, params: Dict, places: list[Place]) -> Dict:
+    async def _preview(self, params: Dict, places: Mapping[str, Place]) -> Dict:
         limit, chars = params.get("limit", PREVIEWED), params.get("maxChars", PREVIEW_CHARS)
-        previews = []
-        for asked, place in zip(params["keys"], places, strict=True):
-            session_id, messages = await self._hub.store.history(*place, limit)
-            items = [{"role": each["role"], "text": (each["content"] or "")[:chars]} for each in messages]
-            status = "missing" if session_id is None else "ok" if items else "empty"
-            previews.append({"key": asked, "status": status, "items": items})
+        previews, room = [], MAX_HISTORY
+        for key in dict.fromkeys(params["keys"]):
+            found = await self._hub.store.history(*places[key], limit) if key in places else (None, [])
+            items = []
+            for message in found[1]:
+                items.append({"role": message["role"], "text": (message["content"] or "")[:chars]})
+                room -= len(encode(items[-1]))
+                if room < 0:
+                    break
+            status = "missing" if found[0] is None else "ok" if items else "empty"
+            previews.append({"key": key, "status": status, "items": items if room >= 0 else items[:-1]})
         return {"ts": _now_ms(), "previews": previews}
 
     async def _history(self, params: Dict, place: Place) -> Dict:
@@ -217,7 +229,7 @@ class Reports:
             self._hub.stop(run, reason)
 
     async def _patch(self, params: Dict, place: Place) -> Dict:
-        fields = {name: value for name, value in params.items() if name != "key"}
+        fields = {name: value for name, value in params.items() if name not in ("key", "agentId")}
         entry = await self._hub.store.patch(*place, fields)
         return {"ok": True, "path": self._hub.store_name, "key": place[1], "entry": entry}
 

@@ -240,6 +240,7 @@ class WebSocket:
         self._reader, self._writer, self._transport = reader, writer, writer.transport
         self._max_message, self._max_buffered = max_message, max_buffered
         self.on_activity = on_activity
+        self._room = max_buffered  # with what a single large message of ours takes
         self._unread = bytearray()
         self._dropper: asyncio.TimerHandle | None = None
 
@@ -287,10 +288,15 @@ class WebSocket:
         """Send one frame as `encode` gave it, likewise."""
         if self.closed:
             return
-        if self._transport.get_write_buffer_size() > self._max_buffered:
+        unsent = self._transport.get_write_buffer_size()
+        if unsent > self._room:
             self.close(POLICY, "slow consumer")
-        else:
-            self._transport.write(frame)
+            return
+        if unsent <= self._max_buffered:
+            self._room = self._max_buffered
+        if len(frame) > self._max_buffered:  # not to be held against a peer that has had no time to read it
+            self._room = unsent + len(frame) + self._max_buffered
+        self._transport.write(frame)
 
     def ping(self) -> None:
         """Ask the peer for a sign of life; its pong is an activity."""

@@ -48,7 +48,7 @@ class Run:
 
     __slots__ = (
         "agent_id", "answer", "cancels", "deadline", "ended_at", "finish_reason", "gate", "gone", "id", "lane", "lost",
-        "outside", "placed", "provider", "providers", "room", "session_key", "spoken", "started_at", "stopping",
+        "outside", "placed", "provider", "providers", "room", "said", "session_key", "spoken", "started_at", "stopping",
         "stored", "task", "turn", "usage",
     )  # fmt: skip
 
@@ -96,6 +96,7 @@ class Run:
         self.stopping: RunError | None = None  # why it is ended from outside
         self.cancels = 0  # of such an end, not yet taken back
         self.outside = False  # it waits for its reader, not for its agent
+        self.said = False  # all its words, which are not taken back
         self.lost = False  # its session could not be read, or the turn not be written
         self.gone = False  # the one that drives it has left
         self.room = MAX_ANSWER
@@ -235,6 +236,10 @@ class Runs:
             del self._lanes[run.lane]
         elif first:
             self._waiting.append(lane[0])  # behind the other sessions, which a busy one must not starve
+        self.fill()
+
+    def fill(self) -> None:
+        """Let those that wait take the free places."""
         while self._waiting and self._placed < self.max_concurrent:
             self._place(self._waiting.popleft())
 
@@ -244,16 +249,21 @@ class Runs:
         for run in [run for run in self.active if run.deadline < now]:
             self.stop(run, RunError("timeout", "The agent took too long.", taken=run.placed))
 
-    def stop(self, run: Run, error: RunError) -> None:
-        """End `run`, queued or on, with `error`, down to its last resource. Nothing happens when it has ended."""
-        if run not in self.active:
-            return
+    def stop(self, run: Run, error: RunError) -> bool:
+        """End `run`, queued or on, with `error`, down to its last resource.
+
+        False: nothing happens, since it has ended, or said its last word and is being stored, which has until its
+        deadline.
+        """
+        if run not in self.active or (run.said and time.monotonic() < run.deadline):
+            return False
         run.stopping = run.stopping or error
         run.deadline = time.monotonic() + CANCEL_SECONDS  # when it is tried again
         # One that waits for its slow reader, outside, or that stops itself finds `stopping` when it comes back.
         if run.task is not None and not run.outside and run.task is not asyncio.current_task():
             run.cancels += 1
             run.task.cancel()
+        return True
 
     async def drive(
         self,
@@ -281,6 +291,7 @@ class Runs:
             await self._answer(run, take, drain)
             if run.stopping is not None:  # its agent ended instead of being cancelled
                 raise run.stopping
+            run.said = True
             if new is not None:
                 await self._keep(run, [*new, {"role": "assistant", "content": "".join(run.answer)}])
             if run.usage:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any, TypeAlias
 
 MAX_ID = 64  # characters of a client's id
-MAX_LABEL = 256  # characters of what is shown of a client to the others
+MAX_LABEL = 100  # characters of what is shown of a client to the others
 MAX_KEY = 512  # characters of a session key, as over HTTP
 MAX_SECONDS = 604_800  # a week, as in the configuration
 MAX_LISTED = 1000  # sessions or messages in one answer
@@ -122,11 +122,11 @@ CONNECT: Schema = {
     "userAgent": TEXT,
 }
 SCHEMAS: dict[str, Schema | Check] = {
-    "request frame": {"type*": _constant("req"), "id*": NAME, "method*": NAME, "params": _anything},
+    "request frame": {"type*": _constant("req"), "id*": _text(1, MAX_KEY), "method*": NAME, "params": _anything},
     "connect": CONNECT,
     "agent": {
         "message*": NAME,
-        "idempotencyKey*": _text(1, MAX_KEY),
+        "idempotencyKey*": KEY,
         "agentId": NAME,
         "sessionKey": KEY,
         "sessionId": KEY,
@@ -142,19 +142,19 @@ SCHEMAS: dict[str, Schema | Check] = {
         **dict.fromkeys(("replyTo", "replyChannel", "accountId", "replyAccountId", "threadId"), TEXT),
         **dict.fromkeys(("groupId", "groupChannel", "groupSpace", "spawnedBy"), TEXT),
     },
-    "agent.wait": {"runId*": NAME, "timeoutMs": MILLISECONDS},
+    "agent.wait": {"runId*": KEY, "timeoutMs": MILLISECONDS},
     "agent.identity.get": {"agentId": NAME, "sessionKey": KEY},
     "chat.send": {
         "sessionKey*": KEY,
         "message*": NAME,
-        "idempotencyKey*": _text(1, MAX_KEY),
+        "idempotencyKey*": KEY,
         "thinking": TEXT,
         "deliver": DELIVER,
         "attachments": ATTACHMENTS,
         "timeoutMs": MILLISECONDS,
     },
-    "chat.abort": {"sessionKey*": KEY, "runId": NAME},
-    "chat.history": {"sessionKey*": KEY, "limit": COUNT},
+    "chat.abort": {"sessionKey*": KEY, "runId": KEY},
+    "chat.history": {"sessionKey*": KEY, "agentId": NAME, "limit": COUNT},
     "sessions.list": {
         "limit": COUNT,
         "activeMinutes": _number(1, MAX_SECONDS),
@@ -165,10 +165,11 @@ SCHEMAS: dict[str, Schema | Check] = {
         **dict.fromkeys(("includeGlobal", "includeUnknown", "includeDerivedTitles", "includeLastMessage"), _boolean),
     },
     "sessions.preview": {"keys*": _list(KEY, 64), "limit": COUNT, "maxChars": _number(20, 100_000)},
-    "sessions.reset": {"key*": KEY},
-    "sessions.delete": {"key*": KEY, "deleteTranscript": _boolean},
+    "sessions.reset": {"key*": KEY, "agentId": NAME},
+    "sessions.delete": {"key*": KEY, "agentId": NAME, "deleteTranscript": _boolean},
     "sessions.patch": {
         "key*": KEY,
+        "agentId": NAME,
         **dict.fromkeys(("label", "thinkingLevel", "verboseLevel", "reasoningLevel"), _or_null(_text(1, MAX_ID))),
     },
     "health": {"probe": _anything, "timeoutMs": MILLISECONDS},  # the family's takes any probe, here and below

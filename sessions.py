@@ -41,6 +41,7 @@ CREATE TABLE sessions (
     UNIQUE (agent, key)
 );
 CREATE INDEX sessions_newest ON sessions (updated_at, id);
+CREATE INDEX sessions_of_agent ON sessions (agent, updated_at, id);
 CREATE INDEX sessions_by_id ON sessions (session_id);
 CREATE TABLE messages (
     session INTEGER NOT NULL REFERENCES sessions (id),
@@ -240,17 +241,16 @@ def _trim(db: Connection, row: int, limit: int) -> None:
 def _list(db: Connection, limit: int | None, agents: Collection[str] | None) -> Dicts:
     listed: Dicts = []
     columns = "key, agent, updated_at, session_id, input_tokens, output_tokens, model, extra"
-    with closing(db.execute(f"SELECT {columns} FROM sessions ORDER BY updated_at DESC, id DESC")) as rows:  # noqa: S608
-        for key, agent, updated_at, session_id, input_tokens, output_tokens, model, extra in rows:
-            if limit is not None and len(listed) >= limit:
-                break  # the index gives the newest first: the rest is not read
-            if agents is not None and agent not in agents:
-                continue
-            entry: Dict = json.loads(extra)
-            entry |= {"key": key, "agentId": agent, "kind": "direct", "updatedAt": updated_at, "sessionId": session_id}
-            entry |= {"inputTokens": input_tokens, "outputTokens": output_tokens}
-            entry |= {"totalTokens": input_tokens + output_tokens, "model": model}
-            listed.append(entry)
+    of = "" if agents is None else f"WHERE agent IN ({', '.join('?' * len(agents))})"
+    query = f"SELECT {columns} FROM sessions {of} ORDER BY updated_at DESC, id DESC LIMIT ?"  # noqa: S608
+    for key, agent, updated_at, session_id, input_tokens, output_tokens, model, extra in db.execute(
+        query, (*(agents or ()), -1 if limit is None else limit)
+    ):
+        entry: Dict = json.loads(extra)
+        entry |= {"key": key, "agentId": agent, "kind": "direct", "updatedAt": updated_at, "sessionId": session_id}
+        entry |= {"inputTokens": input_tokens, "outputTokens": output_tokens}
+        entry |= {"totalTokens": input_tokens + output_tokens, "model": model}
+        listed.append(entry)
     return listed
 
 

@@ -69,9 +69,9 @@ def parsed(*argv: str) -> dict[str, Any]:
             ("agent", "--message", "hi", "--session-id", "s", "--url", "ws://h", "--token", "t"),
             {"local": False, "session_id": "s", "url": "ws://h", "token": "t", "overrides": []},
         ),
-        (("call", "m"), {"command": "call", "method": "m", "params": {}, "timeout": 30, "url": None, "token": None}),
+        (("call", "m"), {"command": "call", "method": "m", "params": {}, "timeout": 35, "url": None, "token": None}),
         (("call", "m", "--params", '{"a": "ü"}', "--timeout", "1"), {"params": {"a": "ü"}, "timeout": 1}),
-        (("health", "--token", "t"), {"command": "health", "json": False, "token": "t", "timeout": 30}),
+        (("health", "--token", "t"), {"command": "health", "json": False, "token": "t", "timeout": 35}),
         (("health", "--token", "t"), {"overrides": []}),  # it is not the one to demand
         (("status", "--json", "--set", "a=b"), {"command": "status", "json": True, "overrides": [("a", "b")]}),
         (("config", "check", "--config", "x"), {"command": "config check", "config": "x"}),
@@ -94,6 +94,10 @@ def test_what_the_commands_get(argv: tuple[str, ...], expected: dict[str, Any]) 
         (("agent", "--local", "--message", "a", "--token", "t"), "a running gateway: leave --local out"),
         (("agent", "--local", "--message", "a", "--session-id", "s"), "a running gateway: leave --local out"),
         (("call",), "required: METHOD (see copepod call --help)"),
+        (
+            ("agent", "--message", "x", "--session-key", "a", "--session-id", "b"),
+            "--session-key and --session-id both name a conversation",
+        ),
         (("call", "m", "--params", "[1]"), "--params: must be a JSON object, such as '{\"limit\": 5}'"),
         (("call", "m", "--params", "{"), "--params: must be a JSON object"),
         (("call", "m", "--params", "[" * 100_000), "--params: must be a JSON object"),
@@ -284,6 +288,18 @@ def test_the_line_ends_when_the_answer_breaks_off(capsys: pytest.CaptureFixture[
         answer.take("delta", "half")
         raise LookupError
     assert capsys.readouterr() == ("half\n", "")
+
+
+def test_a_terminal_is_commanded_by_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    words = "a\x1b]0;owned\x07b\tc\x9b2J\n"
+    for terminal, shown in ((Terminal(), "a\ufffd]0;owned\ufffdb\tc\ufffd2J\n"), (io.StringIO(), words)):
+        monkeypatch.setattr(sys, "stdout", terminal)
+        cli.Answer(False).take("delta", words)
+        assert terminal.getvalue() == shown
 
 
 class Screen(io.StringIO):

@@ -94,9 +94,9 @@ def test_a_run_is_driven_and_remembered() -> None:
         await ended(jobs_)
         good, bad = heard
         assert jobs_.get("good") is good
-        assert good.waited() == {"runId": "good", "status": "ok", "startedAt": 100_000, "endedAt": 100_250}
+        assert good.waited == {"runId": "good", "status": "ok", "startedAt": 100_000, "endedAt": 100_250}
         assert bad.error == {"code": "UNAVAILABLE", "message": "it broke"}
-        assert (bad.waited()["status"], bad.waited()["error"]) == ("error", "it broke")
+        assert (bad.waited["status"], bad.waited["error"]) == ("error", "it broke")
 
     run(main())
 
@@ -133,7 +133,7 @@ def test_wait() -> None:
         (see,) = observers
         for event in (("delta", "word"), ("error", FAILED), ("error", FAILED)):  # of a run of another front
             see(made("http"), event)
-        assert heard.pop().waited()["error"] == "it broke"
+        assert heard.pop().waited["error"] == "it broke"
         assert len(heard) == 1
         assert (jobs_._waits, observers) == ({}, [])
 

@@ -12,6 +12,7 @@ import socket
 import ssl
 import subprocess
 import sys
+from argparse import Namespace
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -791,3 +792,20 @@ def test_over_tls(tmp_path: Path) -> None:
                 assert done.stderr.count("\n") == (1 if said else 0)
 
     run(main())
+
+
+@pytest.mark.parametrize(
+    ("url", "token", "sent"),
+    [
+        (None, None, {"token": "sesame"}),
+        ("ws://127.0.0.1:18789/any", None, {"token": "sesame"}),
+        ("ws://127.0.0.1:18790", None, {}),
+        ("ws://example.com:18789", None, {}),
+        ("ws://example.com:18789", "theirs", {"token": "theirs", "password": "theirs"}),
+    ],
+)
+def test_the_configured_secret_is_for_the_configured_gateway(
+    url: str | None, token: str | None, sent: dict[str, str]
+) -> None:
+    config = gateway.load_config(None, {"COPEPOD_GATEWAY_TOKEN": "sesame"}, [("gateway.port", "18789")])
+    assert gateway._remote(config, Namespace(url=url, token=token))._auth == sent

@@ -55,6 +55,7 @@ CASES: list[tuple[str, Any, str]] = [
     ("agent", {**TURN, "attachments": [{}]}, "at /attachments: attachments are not taken"),
     ("agent", {**TURN, "attachments": {}}, "at /attachments: must be array"),
     ("agent", {**TURN, "sessionKey": "a\tb"}, "at /sessionKey: must NOT have control characters"),
+    ("agent", {**TURN, "idempotencyKey": "k\nforged"}, "at /idempotencyKey: must NOT have control characters"),
     ("agent", [], "must be object"),
     ("chat.history", {"sessionKey": "k", "limit": 1001}, "at /limit: must be <= 1000"),
     ("sessions.preview", {"keys": ["k"] * 65}, "at /keys: must NOT have more than 64 items"),

@@ -25,7 +25,7 @@ count, ms = st.integers(1, 1000) | st.just(5.0), st.integers(0, 50)
 label = st.none() | st.text("abc", min_size=1, max_size=64)
 KEY = {"key": key}
 ABOUT = {"sessionKey": key}
-TURN = {"message": name, "idempotencyKey": name}
+TURN = {"message": name, "idempotencyKey": key}
 IGNORED = ("replyTo", "replyChannel", "accountId", "replyAccountId", "threadId", "groupId", "groupChannel")
 # Sound parameters of every method: those that must be there, and those that may.
 SOUND: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -42,10 +42,10 @@ SOUND: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
             "channel": st.sampled_from(["last", "webchat", ""]) | text,
         },
     ),
-    "agent.wait": ({"runId": name}, {"timeoutMs": ms}),
+    "agent.wait": ({"runId": key}, {"timeoutMs": ms}),
     "agent.identity.get": ({}, {"agentId": name, "sessionKey": key}),
     "chat.send": ({**TURN, **ABOUT}, {"thinking": text, "attachments": st.just([]), "timeoutMs": ms}),
-    "chat.abort": (ABOUT, {"runId": name}),
+    "chat.abort": (ABOUT, {"runId": key}),
     "chat.history": (ABOUT, {"limit": count}),
     "sessions.list": (
         {},
