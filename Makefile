@@ -19,7 +19,7 @@ run:  ## serve with the built-in default and the endpoint on
 test: $(if $(filter $(own),$(TEST)),$(VENV)/test)  ## the tests; ARGS="-k word" picks some
 	@$(TEST) -W error -m pytest $(ARGS)
 
-torture:  ## the claim "it does not break" as a table: ten minutes; ARGS=--quick takes one
+torture:  ## the claim "it does not break" as a table: five minutes; ARGS=--quick takes one
 	@$(PYTHON) tests/torture/run.py $(ARGS)
 
 interop: $(if $(filter $(own),$(DEV)),$(VENV)/dev)  ## the tests with real clients
