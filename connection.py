@@ -10,6 +10,7 @@ from typing import Any, cast
 
 HIGH_WATER = 64 * 1024  # bytes unsent before a writer waits; asyncio's own default
 MAX_BEHIND = 64 * 1024  # bytes that a client may send behind a running request
+MAX_BUFFERED = 512 * 1024  # bytes of them and of what came before it, unread
 SPARE = 32  # connections beyond the room for them, so that they can be told
 MAX_LINGER = 4 * 1024 * 1024  # bytes read and dropped so that the client reads its answer instead of a reset
 LINGER_SECONDS = 2.0  # nginx lingers for 5 s a read and 30 s in all
@@ -86,7 +87,7 @@ class Connection(asyncio.StreamReaderProtocol):
     def data_received(self, data: bytes) -> None:
         if self._watching:
             self._behind += len(data)
-            if self._behind > MAX_BEHIND:
+            if self._behind > MAX_BEHIND or self.buffered > MAX_BUFFERED:
                 self._leave()  # a paused reader would never see the client's end
                 return
             super().data_received(data)
@@ -145,6 +146,9 @@ class Connection(asyncio.StreamReaderProtocol):
         if self._leaving is not None:
             self._leaving.cancel()
             self._leaving = None
+        if self.buffered > MAX_BEHIND and not self.transport.is_closing():  # `_see` has overruled the reader
+            self.reader._paused = True  # type: ignore[attr-defined]
+            self.transport.pause_reading()
 
     def _see(self) -> None:
         """Go on reading: a StreamReader that has paused its transport would be blind to the client's end."""

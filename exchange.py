@@ -53,8 +53,8 @@ class Exchange:
     """One request and its answer. `wire` has HTTP/1.1's functions, which raise its errors."""
 
     __slots__ = (
-        "agent", "client", "close", "connection", "fields", "id", "read", "request", "sent", "started", "status",
-        "wire",
+        "agent", "bodiless", "client", "close", "connection", "fields", "id", "read", "request", "sent", "started",
+        "status", "wire",
     )  # fmt: skip
 
     def __init__(self, connection: Any, wire: Wire) -> None:
@@ -68,6 +68,7 @@ class Exchange:
         self.status = 0  # as answered; 0: not yet
         self.sent = 0  # bytes of the body
         self.read = False  # the request's body was read to its end
+        self.bodiless = False  # it is a HEAD whose head could not be read
         self.close = False  # the connection ends with this answer
 
     def head(self, status: int, fields: Iterable[tuple[str, str]]) -> bytes:
@@ -78,7 +79,8 @@ class Exchange:
             self.close |= request.expects_continue or (request.length or 0) > MAX_DISCARD
         if self.close or request is None or not request.keep_alive:
             self.close = True
-            self.fields.append(("Connection", "close"))
+            if status != 101:
+                self.fields.append(("Connection", "close"))
         return self.wire.head(status, (*fields, *self.fields))
 
     def send(self, status: int, body: bytes, fields: Iterable[tuple[str, str]] = ()) -> bool:
@@ -86,7 +88,7 @@ class Exchange:
         if status != 204:
             self.fields += (JSON, ("Content-Length", str(len(body))))
         head = self.head(status, fields)
-        if self.request is not None and self.request.method == "HEAD":
+        if self.bodiless or (self.request is not None and self.request.method == "HEAD"):
             body = b""
         self.sent = len(body)
         full: bool = self.connection.write(head + body)

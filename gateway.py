@@ -38,7 +38,7 @@ if TYPE_CHECKING or not __package__:  # a checkout: the files lie beside this on
     import tls
     from chat_completions import APIError
     from config import Config, ConfigError
-    from connection import FOREVER, Connection, now, raise_file_limit, room_for
+    from connection import FOREVER, HIGH_WATER, Connection, now, raise_file_limit, room_for
     from exchange import Exchange
     from http1 import HTTPError
 else:  # installed or vendored: they are modules of this package
@@ -65,7 +65,7 @@ else:  # installed or vendored: they are modules of this package
     from . import config as configuration
     from .chat_completions import APIError
     from .config import Config, ConfigError
-    from .connection import FOREVER, Connection, now, raise_file_limit, room_for
+    from .connection import FOREVER, HIGH_WATER, Connection, now, raise_file_limit, room_for
     from .exchange import Exchange
     from .http1 import HTTPError
 
@@ -75,7 +75,10 @@ SWEEP_SECONDS = 1.0
 STOP_SECONDS = 5.0  # for what was cancelled to end
 GOODBYE_SECONDS = 2.0  # for WebSocket clients to answer a close
 
-EXPOSED = ("Access-Control-Expose-Headers", "x-request-id, x-copepod-session-key, x-copepod-agent-id, retry-after")
+EXPOSED = (
+    "Access-Control-Expose-Headers",
+    "x-request-id, x-copepod-session-key, x-copepod-agent-id, x-copepod-store, x-should-retry, retry-after",
+)
 
 log = logging.getLogger("copepod")
 
@@ -400,6 +403,11 @@ class Gateway:
                     self._refuse(x, e)
                 if not x.read:
                     await x.discard()
+                # Of many requests at once, neither our memory nor the other connections shall pay.
+                if c.transport.get_write_buffer_size() > HIGH_WATER:
+                    await c.drain()
+                elif c.buffered:
+                    await asyncio.sleep(0)
             except HTTPError as e:
                 if not x.status:
                     self._refuse(x, e)
@@ -427,7 +435,7 @@ class Gateway:
                 self._refuse(x, APIError(500, "The gateway failed.", type="server_error"))
             finally:
                 self._log(x)
-            if c.gone or (self.draining and not c.buffered):
+            if c.gone or c.transport.is_closing() or (self.draining and not c.buffered):
                 return False
             if x.close:
                 c.expired = False
@@ -442,6 +450,7 @@ class Gateway:
         if isinstance(error, HTTPError):  # the bytes that follow cannot be told apart from a request
             x.close = True
             type_ = "server_error" if error.status == 501 else "invalid_request_error"
+            x.bodiless = error.bodiless
             error = APIError(error.status, error.message, type=type_)
         x.send(error.status, error.body(), error.fields)
 
@@ -547,6 +556,9 @@ class Gateway:
         x.send(200, chat.model_object(agent, self.created))
 
     async def _chat(self, x: Exchange, request: http1.Request, house: House) -> None:
+        if request.fields.get("content-encoding", "identity").lower() not in ("", "identity"):
+            fields = [("Accept-Encoding", "identity")]  # RFC 9110 12.5.3
+            raise APIError(415, "The body's Content-Encoding is not understood; send plain JSON.", fields=fields)
         body = await x.body(request)
         call = chat.parse_request(body)
         uuid = chat.as_uuid(x.id[4:])  # so that the log's request and the client's completion have one number

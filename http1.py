@@ -48,6 +48,7 @@ _STATUS_LINE = re.compile(r"HTTP/1\.([0-9]) ([1-5][0-9]{2})(?: [^\r\n]*)?\r?\n")
 _REASONS = {
     101: "Switching Protocols", 200: "OK", 204: "No Content", 400: "Bad Request", 401: "Unauthorized", 403: "Forbidden",
     404: "Not Found", 405: "Method Not Allowed", 408: "Request Timeout", 413: "Content Too Large", 414: "URI Too Long",
+    415: "Unsupported Media Type",
     417: "Expectation Failed", 426: "Upgrade Required", 429: "Too Many Requests",
     431: "Request Header Fields Too Large", 500: "Internal Server Error", 501: "Not Implemented", 502: "Bad Gateway",
     503: "Service Unavailable", 504: "Gateway Timeout", 505: "HTTP Version Not Supported",
@@ -62,6 +63,7 @@ class HTTPError(Exception):
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
         self.status, self.message = status, message
+        self.bodiless = False  # it is of a HEAD, whose answer has no body
 
 
 class Request(NamedTuple):
@@ -204,10 +206,10 @@ def parse_head(start: tuple[str, str, int], block: bytes) -> Request:
     host, path, query = parse_target(method, target, host)
     length = parse_length(minor, fields)
     keep_alive = minor > 0 and not ("connection" in fields and "close" in tokens(fields["connection"]))
-    expectation = fields.get("expect") if minor > 0 else None  # RFC 9110 10.1.1: ignored in HTTP/1.0
-    if expectation is not None and expectation.lower() != "100-continue":
+    expectations = tokens(fields["expect"]) if "expect" in fields and minor > 0 else ()  # RFC 9110 10.1.1
+    if any(expectation != "100-continue" for expectation in expectations):
         raise HTTPError(417, "The only expectation that can be met is `100-continue`.")
-    expects = expectation is not None and length != 0
+    expects = length != 0 and "100-continue" in expectations
     return Request(method, target, path, query, minor, host, fields, length, keep_alive, expects)
 
 
@@ -256,34 +258,39 @@ async def read_head(reader: asyncio.StreamReader) -> Request | None:
     The reader's limit must be MAX_HEAD. The request line is read first, so that what is no HTTP is answered at once.
     """
     line = b"\r\n"
-    whole = _whole_head(reader._buffer)  # type: ignore[attr-defined]  # no public name shows what has come
-    if whole is not None:
-        data = await reader.readexactly(whole[1])
-        return parse_head(parse_request_line(data[: whole[0]]), data[whole[0] : -2])
     try:
-        for _ in range(MAX_EMPTY_LINES):
-            line = await reader.readuntil(b"\n")
-            if line != b"\r\n":  # RFC 9112 2.2: an empty line before the request line is ignored
-                break
-        start = parse_request_line(line)
-        block = await reader.readexactly(2)
-        if block == b"\r\n":
-            block = b""
-        elif b"\r" in block or b"\n" in block:
-            raise _broken_line(1)
-        else:
-            block += await reader.readuntil(b"\r\n\r\n")
-    except asyncio.LimitOverrunError:
-        if line == b"\r\n":
-            raise HTTPError(414, f"The request line is longer than {MAX_HEAD} bytes.") from None
-        raise HTTPError(431, f"The head is longer than {MAX_HEAD} bytes.") from None
-    except asyncio.IncompleteReadError as e:
-        if not e.partial and line == b"\r\n":
-            return None
-        raise HTTPError(400, "The connection ended inside the head of a request.") from None
-    if len(line) + len(block) > MAX_HEAD:
-        raise HTTPError(431, f"The head is longer than {MAX_HEAD} bytes.")
-    return parse_head(start, block[:-2])
+        whole = _whole_head(reader._buffer)  # type: ignore[attr-defined]  # no public name shows what has come
+        if whole is not None:
+            data = await reader.readexactly(whole[1])
+            line = data[: whole[0]]
+            return parse_head(parse_request_line(line), data[whole[0] : -2])
+        try:
+            for _ in range(MAX_EMPTY_LINES):
+                line = await reader.readuntil(b"\n")
+                if line != b"\r\n":  # RFC 9112 2.2: an empty line before the request line is ignored
+                    break
+            start = parse_request_line(line)
+            block = await reader.readexactly(2)
+            if block == b"\r\n":
+                block = b""
+            elif b"\r" in block or b"\n" in block:
+                raise _broken_line(1)
+            else:
+                block += await reader.readuntil(b"\r\n\r\n")
+        except asyncio.LimitOverrunError:
+            if line == b"\r\n":
+                raise HTTPError(414, f"The request line is longer than {MAX_HEAD} bytes.") from None
+            raise HTTPError(431, f"The head is longer than {MAX_HEAD} bytes.") from None
+        except asyncio.IncompleteReadError as e:
+            if not e.partial and line == b"\r\n":
+                return None
+            raise HTTPError(400, "The connection ended inside the head of a request.") from None
+        if len(line) + len(block) > MAX_HEAD:
+            raise HTTPError(431, f"The head is longer than {MAX_HEAD} bytes.")
+        return parse_head(start, block[:-2])
+    except HTTPError as e:
+        e.bodiless = line.startswith(b"HEAD ")  # RFC 9110 9.3.2
+        raise
 
 
 async def read_line(reader: asyncio.StreamReader, limit: int) -> str:

@@ -6,6 +6,7 @@ import asyncio
 import json
 import socket
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ import config
 import connection
 import gateway
 import sessions
-from live import CHAT, KEY, Client, ask, chat, chunked, data_of, run, serving, settings, stream, text_of, within
+from live import BOUND, CHAT, KEY, Client, ask, chat, chunked, data_of, run, serving, settings, stream, text_of, within
 from upstream import Call, Upstream, answers, says
 
 TOKEN = {"gateway.auth.mode": "token", "gateway.auth.token": "secret"}
@@ -870,5 +871,93 @@ def test_reload() -> None:
                 assert answer.text == "hi"
                 assert answer.fields["x-copepod-agent-id"] == "zeta"
             assert len(upstream.calls) == 1
+
+    run(main())
+
+
+@pytest.mark.parametrize("line", [b"HEAD /healthz HTTP/1.1\r\n\r\n", b"HEAD /healthz HTTP/1.1\r\nHost: a b\r\n\r\n"])
+def test_a_refused_head_has_no_body(line: bytes) -> None:
+    """RFC 9110 9.3.2, also where the head itself is refused."""
+
+    async def main() -> None:
+        async with serving() as hub, await Client.open(hub.port) as client:
+            client.write(line)
+            status, fields = await client.head()
+            assert (status, fields["connection"]) == (400, "close")
+            assert int(fields["content-length"]) > 0
+            assert await client.ended()
+
+    run(main())
+
+
+def test_a_coded_body_is_refused() -> None:
+    async def main() -> None:
+        async with serving() as hub, await Client.open(hub.port) as client:
+            answer = await client.ask("POST", CHAT, chat(), {"Content-Encoding": "gzip"})
+            assert (answer.status, answer.fields["accept-encoding"]) == (415, "identity")
+            assert answer.error["message"] == "The body's Content-Encoding is not understood; send plain JSON."
+            answer = await client.ask("POST", CHAT, chat(), {"Content-Encoding": "Identity"})
+            assert answer.text == "hi"
+
+    run(main())
+
+
+def test_who_reads_no_answers_costs_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Requests without end, whose answers are not read: it is dropped, and no more than a part of them is answered."""
+    monkeypatch.setattr(gateway, "SWEEP_SECONDS", 0.05)
+
+    async def main() -> None:
+        async with serving({"gateway.http.writeTimeoutSeconds": 0.2}) as hub, await Client.open(hub.port) as client:
+            most, dropped = 0, False
+            request = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n" * 500
+            client.writer.transport.pause_reading()
+            until = asyncio.get_running_loop().time() + BOUND
+            while not dropped and asyncio.get_running_loop().time() < until:
+                client.write(request)
+                await asyncio.sleep(0)
+                unsent = [c.transport.get_write_buffer_size() for c in hub.connections]
+                most, dropped = max([most, *unsent]), not unsent and most > 0
+            assert dropped
+            assert most < 512 * 1024
+            client.reset()
+
+    run(main())
+
+
+def test_who_sends_much_behind_runs_costs_no_memory() -> None:
+    """Calls pipelined faster than they are answered: what is not read yet waits with the client."""
+
+    async def slow(message: str) -> AsyncIterator[str]:
+        await asyncio.sleep(0.001)
+        yield message
+
+    async def main() -> None:
+        async with serving({}, {"main": slow}) as hub, await Client.open(hub.port) as client:
+            body = chat("x" * 10_000)
+            head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
+            most = 0
+            with suppress(asyncio.IncompleteReadError, ConnectionError):  # it may be ended
+                for n in range(150):
+                    client.write((head.encode() + body) * 3)
+                    if n > 2:
+                        _, fields = await client.head()
+                        await within(client.reader.readexactly(int(fields["content-length"])))
+                    most = max([most, *(c.buffered for c in hub.connections)])
+            assert most < 1024 * 1024
+            client.reset()
+
+    run(main())
+
+
+def test_one_that_pipelines_leaves_time_for_others() -> None:
+    async def main() -> None:
+        async with serving() as hub, await Client.open(hub.port) as busy, await Client.open(hub.port) as other:
+            assert await other.usable()
+            busy.write(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n" * 1000)
+            other.send("GET", "/healthz")
+            assert (await other.answer()).status == 200
+            assert busy.reader._buffer.count(b"HTTP/1.1 200") < 1000  # type: ignore[attr-defined]
+            for _ in range(1000):
+                assert (await busy.answer()).status == 200
 
     run(main())

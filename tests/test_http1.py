@@ -453,7 +453,8 @@ MEANING: list[Row] = [
         {"expects_continue": False},
     ),
     ("9110 10.1.1 another", post(b"Expect: the-unexpected"), (417, "100-continue")),
-    ("9110 10.1.1 empty", post(b"Expect:"), (417, "100-continue")),
+    ("9110 10.1.1 empty", post(b"Expect:"), {"expects_continue": False}),
+    ("9110 10.1.1 a list", post(b"Expect: 100-continue,", b"Content-Length: 1", body=b"x"), {"expects_continue": True}),
     ("9110 10.1.1 and more", post(b"Expect: 100-continue, x"), (417, "100-continue")),
     *(
         (f"9112 9.3 {value!r}", head(b"Connection: " + value), {"keep_alive": keep})
