@@ -637,7 +637,14 @@ async def started(
     """A command that calls this gateway, while it runs."""
     environ = {**os.environ, **QUIET, "HOME": str(cwd), "COPEPOD_GATEWAY_PORT": str(hub.port)}
     process = await asyncio.create_subprocess_exec(
-        *PROGRAM, *argv, stdin=stdin, stdout=asyncio.subprocess.PIPE, stderr=stderr, env=environ, cwd=cwd
+        *PROGRAM,
+        *argv,
+        stdin=stdin,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=stderr,
+        env=environ,
+        cwd=cwd,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's job in the background ignores it
     )
     try:
         yield process
