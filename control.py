@@ -30,7 +30,6 @@ CHANNELS = {  # the family's: its command line names one even when nothing is de
 }  # fmt: skip
 
 INVALID, UNAVAILABLE = "INVALID_REQUEST", "UNAVAILABLE"
-MISMATCH = "protocol mismatch"
 POLICY, PROTOCOL_ERROR, RESTART = 1008, 1002, 1012  # close codes, RFC 6455 7.4.1 and the registry
 
 Dict = dict[str, Any]
@@ -54,14 +53,13 @@ if TYPE_CHECKING:
     class Job(Protocol):
         """A run that was asked for by an idempotency key."""
 
+        id: str
+        place: tuple[str, str]  # agent id and session key
         accepted_at: int  # ms since the epoch
         payload: Dict | None  # of the last answer, once the run has ended
         error: Dict | None  # of the last answer; None: it went well
+        waited: Dict  # what `agent.wait` says, likewise
         then: list[Callable[[Any], None]]  # who is told of the end
-
-        id: str
-        place: tuple[str, str]  # agent id and session key
-        waited: Dict  # what `agent.wait` says
 
     class Jobs(Protocol):
         """Those runs."""
@@ -102,6 +100,8 @@ if TYPE_CHECKING:
         def default_agent(self) -> str: ...
         @property
         def agents(self) -> Mapping[str, str]: ...  # their names ("" where none) by id
+        @property
+        def uptime_ms(self) -> int: ...
 
         def admit(self, given: str | None, client: str, fields: Mapping[str, str]) -> Verdict: ...
         def parse(self, message: str | bytes) -> Dict: ...
@@ -119,11 +119,14 @@ if TYPE_CHECKING:
 
 
 class Refusal(Exception):
-    """A request is answered with this error; `more` is its `details`, `retryable` or `retryAfterMs`."""
+    """A request is answered with this error; `more` is its `details`, `retryable` or `retryAfterMs`.
 
-    def __init__(self, code: str, message: str, **more: Any) -> None:
+    A refused `connect` also ends the connection, with the close code `close`.
+    """
+
+    def __init__(self, code: str, message: str, *, close: int = POLICY, **more: Any) -> None:
         super().__init__(message)
-        self.error = {"code": code, "message": message, **more}
+        self.close, self.error = close, {"code": code, "message": message, **more}
 
 
 class Client:
@@ -161,6 +164,9 @@ class Client:
         """Send an event, JSON that lacks its number and its closing brace."""
         self.seq += 1
         self.socket.post(b'%b,"seq":%d}' % (event, self.seq))
+
+    def event(self, event: str, payload: Dict) -> None:
+        self.push(encode({"type": "event", "event": event, "payload": payload})[:-1].encode())
 
     def send(self, frame: Dict) -> None:
         self.socket.post(encode(frame).encode())
@@ -207,7 +213,7 @@ class Control:
         self._hub, self._jobs, self._events, self._problem, self._reports = hub, jobs, events, problem, reports
         self._clients: set[Client] = set()
         self._presence, self._changed = 1, False  # the number of its state, and whether it must be told
-        self._begun = self._health_told = time.monotonic()
+        self._health_told = time.monotonic()
         self.closing = False
         self._telling: asyncio.Task[None] | None = None  # of the health
         self._methods: dict[str, tuple[str, Handler]] = {
@@ -262,13 +268,12 @@ class Control:
                 client.pinged = now
                 client.socket.ping()
                 if client.connected:
-                    client.push(encode({"type": "event", "event": "tick", "payload": {"ts": _now_ms()}})[:-1].encode())
+                    client.event("tick", {"ts": _now_ms()})
         if self._changed:
             self._changed = False
             self._presence += 1
             payload = {"presence": self._present()}
             self._events.tell("presence", payload, stateVersion={"presence": self._presence, "health": 1})
-
         if self._clients and not self.closing and now - self._health_told >= HEALTH_SECONDS:
             self._health_told = now
             self._telling = asyncio.get_running_loop().create_task(self._tell_health())
@@ -281,9 +286,8 @@ class Control:
 
     def announce(self, reason: str) -> None:
         """Tell every client that the gateway goes down."""
-        event = encode({"type": "event", "event": "shutdown", "payload": {"reason": reason}})[:-1].encode()
         for client in [client for client in self._clients if client.connected]:
-            client.push(event)
+            client.event("shutdown", {"reason": reason})
 
     def close(self) -> None:
         """Close every connection."""
@@ -308,15 +312,17 @@ class Control:
                 raise Refusal(INVALID, "invalid handshake: first request must be connect")
             params = self._params("connect", frame)
             if not params["minProtocol"] <= PROTOCOL <= params["maxProtocol"]:
-                raise Refusal(INVALID, MISMATCH, details={"expectedProtocol": PROTOCOL})
-            if params.get("role", "operator") not in ("operator", "node"):
+                details = {"expectedProtocol": PROTOCOL}
+                raise Refusal(INVALID, "protocol mismatch", close=PROTOCOL_ERROR, details=details)
+            role = params.get("role", "operator")
+            if role not in ("operator", "node"):
                 raise Refusal(INVALID, "invalid role")
             self._admit(client, params.get("auth") or {})
         except Refusal as refusal:
             client.refuse(id, refusal.error)
-            client.socket.close(PROTOCOL_ERROR if str(refusal) == MISMATCH else POLICY, str(refusal))
+            client.socket.close(refusal.close, str(refusal))
             return
-        client.role = params.get("role", "operator")
+        client.role = role
         client.scopes = frozenset(params.get("scopes") or (READ, WRITE))
         client.about = params["client"]
         if "device" in params:
@@ -352,7 +358,7 @@ class Control:
                 "presence": self._present() if client.may(READ) else [],
                 "health": health,
                 "stateVersion": {"presence": self._presence, "health": 1},
-                "uptimeMs": int((time.monotonic() - self._begun) * 1000),
+                "uptimeMs": self._hub.uptime_ms,
                 "sessionDefaults": {
                     "defaultAgentId": default,
                     "mainKey": "main",

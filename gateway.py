@@ -80,6 +80,8 @@ EXPOSED = (
     "x-request-id, x-copepod-session-key, x-copepod-agent-id, x-copepod-store, x-should-retry, retry-after",
 )
 
+GOING_DOWN = "The gateway is going down."
+
 log = logging.getLogger("copepod")
 
 
@@ -133,6 +135,11 @@ def _overloaded(message: str) -> APIError:
     return APIError(503, message, type="overloaded_error", fields=[("Retry-After", "1")])
 
 
+def _callable(bind: str) -> str:
+    """Return the address at which this machine calls what listens on `bind`."""
+    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(bind, bind)  # noqa: S104
+
+
 def _unconfigured(name: str) -> runs.Provider:
     async def provider(turn: dict[str, Any]) -> AsyncIterator[str | dict[str, Any]]:
         raise runs.RunError("upstream", f"The model provider `{name}` is not configured (models.providers.{name}).")
@@ -154,7 +161,7 @@ class Desk:
     version = VERSION
 
     def __init__(self, gateway: Gateway) -> None:
-        self._gateway = gateway
+        self._gateway, self._begun = gateway, now()
         self.store = gateway.store
         self.store_name = os.path.basename(gateway.house.config.store)
 
@@ -173,6 +180,10 @@ class Desk:
     @property
     def agents(self) -> dict[str, str]:
         return {agent.id: agent.name if agent.name != agent.id else "" for agent in self._config.agents.values()}
+
+    @property
+    def uptime_ms(self) -> int:
+        return int((now() - self._begun) * 1000)
 
     @property
     def models(self) -> list[dict[str, Any]]:
@@ -261,8 +272,8 @@ class Gateway:
     def url(self) -> str:
         """The address to call, without a path."""
         config = self.house.config
-        host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(config.bind, config.bind)  # noqa: S104
-        host = f"[{host}]" if ":" in host and not host.startswith("[") else host
+        host = _callable(config.bind)
+        host = f"[{host}]" if ":" in host else host
         return f"{'https' if config.tls else 'http'}://{host}:{self.port}"
 
     async def __aenter__(self) -> Gateway:
@@ -313,9 +324,9 @@ class Gateway:
         if busy := self._busy():
             await asyncio.wait(busy, timeout=STOP_SECONDS)
         self.control.close()
-        for seconds in (0 if self._hurried else GOODBYE_SECONDS, STOP_SECONDS):
+        for patience in (0 if self._hurried else GOODBYE_SECONDS, STOP_SECONDS):
             if tasks := [c.task for c in self.upgraded if c.task is not None]:
-                await asyncio.wait(tasks, timeout=seconds)
+                await asyncio.wait(tasks, timeout=patience)
             for task in tasks:
                 task.cancel()
         connections = list(self.connections)
@@ -339,7 +350,7 @@ class Gateway:
         left = {c.task for c in self.connections if c.gone}  # these were cancelled then, and may be at their last work
         running = [run for run in self.runs.active if run.task not in left]
         for run in running:
-            self.runs.stop(run, runs.RunError("overloaded", "The gateway is going down.", taken=run.placed))
+            self.runs.stop(run, runs.RunError("overloaded", GOING_DOWN, taken=run.placed))
         tasks = {c.task for c in self.connections - self.upgraded} - {run.task for run in running} - left
         for task in tasks:
             if task is not None:
@@ -419,7 +430,7 @@ class Gateway:
                 if not c.expired or (task is not None and task.uncancel() > 0):
                     if self.draining and x.request is not None and not x.status:
                         x.close = True
-                        self._refuse(x, _overloaded("The gateway is going down."))
+                        self._refuse(x, _overloaded(GOING_DOWN))
                     raise
                 if not x.status:
                     self._refuse(x, HTTPError(408, "The request took too long to arrive."))
@@ -510,7 +521,7 @@ class Gateway:
     async def _upgrade(self, x: Exchange, request: http1.Request) -> None:
         """Make the connection a WebSocket, and serve its client to the end. APIError."""
         if self.draining:
-            raise _overloaded("The gateway is going down.")
+            raise _overloaded(GOING_DOWN)
         try:
             fields = rfc6455.accept(request.method, request.fields)
         except rfc6455.HandshakeError as e:
@@ -542,7 +553,7 @@ class Gateway:
 
     def _health(self, x: Exchange, path: str) -> None:
         if path == "/readyz" and (self.draining or not self.ready):
-            raise _overloaded("The gateway is going down.")
+            raise _overloaded(GOING_DOWN)
         lost = path == "/readyz" and self.runs.store_error
         x.send(200, b'{"status":"degraded","store":"a session could not be kept"}' if lost else b'{"status":"ok"}')
 
@@ -613,7 +624,7 @@ class Gateway:
         `ids` are the run's and that of a session that is not kept; where they are empty, new ones are made.
         """
         if self.draining:
-            raise runs.RunError("overloaded", "The gateway is going down.")
+            raise runs.RunError("overloaded", GOING_DOWN)
         agent = house.config.agents[target.agent_id]
         prompt = agent.system_prompt
         run = runs.Run(
@@ -736,8 +747,7 @@ async def _run_there(config: Config, options: Namespace) -> int:
 
 def _remote(config: Config, options: Namespace) -> remote.Remote:
     """Return what calls the gateway of --url, else that of the configuration."""
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.bind, config.bind)  # noqa: S104
-    address = own = remote.Address(host, config.port, "/", config.tls is not None)
+    address = own = remote.Address(_callable(config.bind), config.port, "/", config.tls is not None)
     files = config.tls
     if options.url is not None:
         try:

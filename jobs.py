@@ -22,8 +22,7 @@ if TYPE_CHECKING:
         """What is looked at of a run."""
 
         id: str
-        agent_id: str
-        session_key: str
+        lane: tuple[str, str]  # agent id and session key
         turn: Dict
         usage: dict[str, int]
         provider: str
@@ -36,7 +35,7 @@ class Job:
     """A run under its idempotency key, which is the run's id."""
 
     def __init__(self, run: Run) -> None:
-        self.id, self.place = run.id, (run.agent_id, run.session_key)
+        self.id, self.place = run.id, run.lane
         self.accepted_at = _now_ms()
         self.payload: Dict | None = None  # of the last answer, once the run has ended
         self.error: Dict | None = None  # of the last answer; None: it went well

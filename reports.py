@@ -17,6 +17,7 @@ Dict = dict[str, Any]
 Dicts = list[Dict]  # Store has a method named list
 Place = tuple[str, str]  # agent id and session key
 
+NO_HEARTBEAT = {"enabled": False, "every": "disabled", "everyMs": None}
 NO_LIMIT = {"abortedLastRun": False, "contextTokens": None, "remainingTokens": None, "percentUsed": None}
 
 log = logging.getLogger("copepod")
@@ -28,8 +29,7 @@ if TYPE_CHECKING:
     class Run(Protocol):
         """What is looked at of a run."""
 
-        agent_id: str
-        session_key: str
+        lane: Place
         placed: bool
 
     class Store(Protocol):
@@ -51,6 +51,8 @@ if TYPE_CHECKING:
         def default_agent(self) -> str: ...
         @property
         def agents(self) -> Mapping[str, str]: ...  # their names ("" where none) by id
+        @property
+        def uptime_ms(self) -> int: ...
         @property
         def models(self) -> list[Dict]: ...  # id, name, provider
         @property
@@ -85,7 +87,6 @@ class Reports:
 
     def __init__(self, hub: Hub) -> None:
         self._hub = hub
-        self._begun = time.monotonic()
         self.methods: dict[str, Callable[..., Awaitable[Any]]] = {
             "health": self._health,
             "status": self._status,
@@ -119,7 +120,7 @@ class Reports:
             recent = recents.get(agent, [])
             short = [{key: session[key] for key in ("key", "updatedAt", "age")} for session in recent]
             sessions = {"path": hub.store_name, "count": counts.get(agent, 0), "recent": short}
-            agents.append({**entry, "heartbeat": _no_heartbeat(), "sessions": sessions})
+            agents.append({**entry, "heartbeat": NO_HEARTBEAT, "sessions": sessions})
         return {
             "ok": not troubles,
             **({"troubles": troubles} if troubles else {}),
@@ -137,10 +138,10 @@ class Reports:
     async def _status(self, params: Dict) -> Dict:
         hub = self._hub
         counts, active = await hub.store.counts(), hub.active()
-        heartbeats = [{"agentId": agent, **_no_heartbeat()} for agent in hub.agents]
+        heartbeats = [{"agentId": agent, **NO_HEARTBEAT} for agent in hub.agents]
         return {
             "version": hub.version,
-            "uptimeMs": int((time.monotonic() - self._begun) * 1000),
+            "uptimeMs": hub.uptime_ms,
             "runs": {
                 "active": sum(run.placed for run in active),
                 "queued": sum(not run.placed for run in active),
@@ -196,15 +197,16 @@ class Reports:
         limit, chars = params.get("limit", PREVIEWED), params.get("maxChars", PREVIEW_CHARS)
         previews, room = [], MAX_HISTORY
         for key in dict.fromkeys(params["keys"]):
-            found = await self._hub.store.history(*places[key], limit) if key in places else (None, [])
+            session_id, messages = await self._hub.store.history(*places[key], limit) if key in places else (None, [])
             items = []
-            for message in found[1]:
-                items.append({"role": message["role"], "text": (message["content"] or "")[:chars]})
-                room -= len(encode(items[-1]))
+            for message in messages:
+                item = {"role": message["role"], "text": (message["content"] or "")[:chars]}
+                room -= len(encode(item))
                 if room < 0:
                     break
-            status = "missing" if found[0] is None else "ok" if items else "empty"
-            previews.append({"key": key, "status": status, "items": items if room >= 0 else items[:-1]})
+                items.append(item)
+            status = "missing" if session_id is None else "ok" if messages else "empty"
+            previews.append({"key": key, "status": status, "items": items})
         return {"ts": _now_ms(), "previews": previews}
 
     async def _history(self, params: Dict, place: Place) -> Dict:
@@ -225,7 +227,7 @@ class Reports:
 
     def _end(self, place: Place, reason: str) -> None:
         """End the session's runs: what they say would be the first words of the next one."""
-        for run in [run for run in self._hub.active() if (run.agent_id, run.session_key) == place]:
+        for run in [run for run in self._hub.active() if run.lane == place]:
             self._hub.stop(run, reason)
 
     async def _patch(self, params: Dict, place: Place) -> Dict:
@@ -256,7 +258,3 @@ class Reports:
 
     async def _heartbeat(self, params: Dict) -> None:
         return None
-
-
-def _no_heartbeat() -> Dict:
-    return {"enabled": False, "every": "disabled", "everyMs": None}
