@@ -44,6 +44,12 @@ class Connection(asyncio.StreamReaderProtocol):
     Its owner calls `expire` once `deadline` has passed. RFC 9112 section 9.
     """
 
+    __slots__ = (  # ten thousand of them may be idle
+        "_behind", "_connections", "_eof", "_leaving", "_loop_", "_lost", "_room", "_serve", "_unsent", "_watching",
+        "_write_seconds", "_writer", "deadline", "expired", "gone", "on_tick", "peer", "reader", "surplus", "task",
+        "transport",
+    )  # fmt: skip
+
     def __init__(
         self,
         serve: Callable[[Connection], Coroutine[Any, Any, bool]],
@@ -69,13 +75,20 @@ class Connection(asyncio.StreamReaderProtocol):
         self._behind = 0  # bytes that came while a run was on
         self._unsent: int | None = None  # bytes, while a writer waits for a slow reader
         self._leaving: asyncio.TimerHandle | None = None
+        self._writer: asyncio.StreamWriter | None = None
+
+    @property
+    def writer(self) -> asyncio.StreamWriter:
+        """The writer of this connection; most never need one."""
+        if self._writer is None:
+            self._writer = asyncio.StreamWriter(self.transport, self, self.reader, self._loop_)
+        return self._writer
 
     # asyncio's side
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
         self.transport = cast(asyncio.Transport, transport)
-        self.writer = asyncio.StreamWriter(self.transport, self, self.reader, self._loop_)
         self.transport.set_write_buffer_limits(HIGH_WATER)
         name = transport.get_extra_info("peername")
         self.peer = str(name[0]) if isinstance(name, tuple) else ""  # the address of the other end, without its port
@@ -90,10 +103,10 @@ class Connection(asyncio.StreamReaderProtocol):
             if self._behind > MAX_BEHIND or self.buffered > MAX_BUFFERED:
                 self._leave()  # a paused reader would never see the client's end
                 return
-            super().data_received(data)
+            self.reader.feed_data(data)
             self._see()
             return
-        super().data_received(data)
+        self.reader.feed_data(data)
         if self.task is None and not self.transport.is_closing():
             self.task = asyncio.Task(self._run(), loop=self._loop_)
 
@@ -165,10 +178,19 @@ class Connection(asyncio.StreamReaderProtocol):
             if self._watching and self.task is not None:
                 self.task.cancel()
 
+    @property
+    def full(self) -> bool:
+        """Whether too much is unsent: `drain` before the next."""
+        return self.transport.get_write_buffer_size() > HIGH_WATER
+
     def write(self, data: bytes) -> bool:
-        """Send `data`. True: too much is unsent, `drain` before the next."""
+        """Send `data`, and return whether the connection is full."""
         self.transport.write(data)
         return self.transport.get_write_buffer_size() > HIGH_WATER
+
+    def soon(self, callback: Callable[[], Any]) -> None:
+        """Call `callback` at the end of this turn of the loop."""
+        self._loop_.call_soon(callback)
 
     async def drain(self) -> None:
         """Wait until the client has read what was sent. One that reads nothing for a while is dropped. OSError."""

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 MAX_BODY = 1024 * 1024  # bytes; the family's own cap
 MAX_DISCARD = 64 * 1024  # bytes of a refused request's body that are read so that its connection can stay
 BODY_SECONDS = 30.0
+JOIN_SECONDS = 0.001  # what comes this soon behind the last part of a stream may wait for the end of the loop's turn
+JOIN_BYTES = 16 * 1024  # and no more than this; one TLS record
 
 JSON = ("Content-Type", "application/json")
 STREAM = (
@@ -94,19 +96,6 @@ class Exchange:
         full: bool = self.connection.write(head + body)
         return full
 
-    def stream(self, events: bytes, last: bool = False) -> bool:
-        """Send a part of an event stream, before the first one the head. True: too much is unsent, drain first."""
-        head = b""
-        chunked = self.request is not None and self.request.minor > 0
-        if not self.status:
-            self.close |= not chunked  # RFC 9112 6.3: in HTTP/1.0 the end of the connection ends the body
-            head = self.head(200, (*STREAM, ("Transfer-Encoding", "chunked")) if chunked else STREAM)
-        self.sent += len(events)
-        if chunked:
-            events = self.wire.chunk(events) + self.wire.LAST_CHUNK if last else self.wire.chunk(events)
-        full: bool = self.connection.write(head + events)
-        return full
-
     async def body(self, request: Request) -> bytes:
         """Return the request's body. HTTPError: 400, 413."""
         c = self.connection
@@ -122,3 +111,45 @@ class Exchange:
         if self.request is not None and not self.close:
             self.connection.deadline = now() + BODY_SECONDS
             await self.wire.read_body(self.connection.reader, self.request.length, MAX_DISCARD)
+
+
+class Stream:
+    """The answer of an exchange as an event stream. Parts that come in one turn of the loop are written together."""
+
+    __slots__ = ("_chunked", "_joined", "_moment", "_room", "_x")
+
+    def __init__(self, x: Exchange) -> None:
+        self._x = x
+        self._chunked = x.request is not None and x.request.minor > 0
+        self._joined: list[bytes] = []
+        self._room = JOIN_BYTES
+        self._moment = 0.0  # of the last write
+
+    def send(self, events: bytes, last: bool = False) -> bool:
+        """Send a part, before the first one the head. True: too much is unsent, drain first."""
+        x = self._x
+        x.sent += len(events)
+        if self._chunked:
+            events = x.wire.chunk(events) + x.wire.LAST_CHUNK if last else x.wire.chunk(events)
+        moment = now()
+        self._room -= len(events)
+        if not last and moment < self._moment + JOIN_SECONDS and self._room > 0:
+            if not self._joined:
+                x.connection.soon(self._flush)
+            self._joined.append(events)
+            return bool(x.connection.full)
+        if not x.status:
+            x.close |= not self._chunked  # RFC 9112 6.3: in HTTP/1.0 the end of the connection ends the body
+            self._joined.append(x.head(200, (*STREAM, ("Transfer-Encoding", "chunked")) if self._chunked else STREAM))
+        self._joined.append(events)
+        self._moment = moment
+        return self._flush()
+
+    def _flush(self) -> bool:
+        if not self._joined:
+            return False
+        events = b"".join(self._joined)
+        self._joined.clear()
+        self._room = JOIN_BYTES
+        full: bool = self._x.connection.write(events)
+        return full

@@ -38,8 +38,8 @@ if TYPE_CHECKING or not __package__:  # a checkout: the files lie beside this on
     import tls
     from chat_completions import APIError
     from config import Config, ConfigError
-    from connection import FOREVER, HIGH_WATER, Connection, now, raise_file_limit, room_for
-    from exchange import Exchange
+    from connection import FOREVER, Connection, now, raise_file_limit, room_for
+    from exchange import Exchange, Stream
     from http1 import HTTPError
 else:  # installed or vendored: they are modules of this package
     from . import (
@@ -65,8 +65,8 @@ else:  # installed or vendored: they are modules of this package
     from . import config as configuration
     from .chat_completions import APIError
     from .config import Config, ConfigError
-    from .connection import FOREVER, HIGH_WATER, Connection, now, raise_file_limit, room_for
-    from .exchange import Exchange
+    from .connection import FOREVER, Connection, now, raise_file_limit, room_for
+    from .exchange import Exchange, Stream
     from .http1 import HTTPError
 
 VERSION = "0.1.0"
@@ -415,7 +415,7 @@ class Gateway:
                 if not x.read:
                     await x.discard()
                 # Of many requests at once, neither our memory nor the other connections shall pay.
-                if c.transport.get_write_buffer_size() > HIGH_WATER:
+                if c.full:
                     await c.drain()
                 elif c.buffered:
                     await asyncio.sleep(0)
@@ -602,7 +602,7 @@ class Gateway:
 
     async def _stream(self, x: Exchange, call: chat.ChatRequest, run: runs.Run) -> None:
         c = x.connection
-        stream = chat.EventStream(run.id, call, x.stream, c.transport.get_write_buffer_size, now)
+        stream = chat.EventStream(run.id, call, Stream(x).send, c.transport.get_write_buffer_size, now)
         c.on_tick = stream.tick
         kind, data = await self.runs.drive(run, stream.take, c.drain)
         if stream.end(kind, data, run.usage):
