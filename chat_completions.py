@@ -72,6 +72,7 @@ _OURS = {
     "function_call", "functions", "metadata", "model", "parallel_tool_calls", "stream", "stream_options",
     "tool_choice", "tools",
 }  # fmt: skip
+_CLOSER = frozenset({"n", "stop", "stream_options", "tools", "user"})  # of these, a type does not say enough
 _JSON = {type(None): "null", bool: "a boolean", int: "a number", float: "a number", str: "a string", list: "an array"}
 
 
@@ -159,12 +160,20 @@ def parse_request(body: bytes) -> ChatRequest:
     fields = parse_json(body)
     params = {}
     for name, value in fields.items():
-        if name in _FIELDS and value is not None:  # null counts as absent
-            types, wanted = _FIELDS[name]
-            if type(value) not in types:
-                _must(name, wanted)
+        known = _FIELDS.get(name)
+        if known is not None and value is not None:  # null counts as absent
+            if type(value) not in known[0]:
+                _must(name, known[1])
             if name not in _OURS:
                 params[name] = value
+    user, usage = ("", False) if _CLOSER.isdisjoint(fields) else _look_closer(fields)
+    system, messages, message = parse_messages(fields.get("messages"))
+    stream = fields.get("stream") is True
+    return ChatRequest(fields.get("model") or "", user, stream, usage, system, messages, message, params)
+
+
+def _look_closer(fields: Mapping[str, Any]) -> tuple[str, bool]:
+    """Return `user` and `stream_options.include_usage`. APIError: 400, also for what else a type alone does not say."""
     if isinstance(stop := fields.get("stop"), list) and any(not isinstance(item, str) for item in stop):
         _must("stop", "a string or an array of strings")
     if (tools := fields.get("tools")) and any(not isinstance(tool, dict) for tool in tools):
@@ -178,9 +187,7 @@ def parse_request(body: bytes) -> ChatRequest:
     user = user if isinstance(user, str) else ""  # Open WebUI sends an object
     if user and (len(user.encode()) > MAX_KEY or _CONTROL.search(user)):
         _refuse("user", f"`user` must have at most {MAX_KEY} bytes and no control characters.")
-    system, messages, message = parse_messages(fields.get("messages"))
-    stream, usage = bool(fields.get("stream")), bool(options.get("include_usage"))
-    return ChatRequest(fields.get("model") or "", user, stream, usage, system, messages, message, params)
+    return user, options.get("include_usage") is True
 
 
 def parse_messages(messages: object) -> tuple[str, list[dict[str, Any]], str]:

@@ -192,7 +192,7 @@ class Runs:
         self.active: set[Run] = set()  # accepted and not ended
         self.store_error = ""  # why the last turn of a session could not be read or written
         self._load, self._save, self._check = load, save, check
-        self._lanes: dict[tuple[str, str], deque[Run]] = {}  # the first of a lane runs, or waits for a place
+        self._lanes: dict[tuple[str, str], list[Run]] = {}  # the first of a lane runs, or waits for a place
         self._waiting: deque[Run] = deque()
         self._placed = 0
 
@@ -200,10 +200,8 @@ class Runs:
         """Queue `run`; whoever does so drives it, or releases it. RunError: overloaded."""
         if len(self._waiting) >= MAX_WAITING:
             raise RunError("overloaded", "The gateway is busy; try again later.")
-        lane = self._lanes.get(run.lane)
-        if lane is None:
-            lane = self._lanes[run.lane] = deque()
-        elif len(lane) > MAX_LANE:
+        lane = self._lanes.setdefault(run.lane, [])
+        if len(lane) > MAX_LANE:
             raise RunError("overloaded", f"{MAX_LANE} messages already wait in this session; try again later.")
         lane.append(run)
         self.active.add(run)
