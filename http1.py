@@ -206,10 +206,12 @@ def parse_head(start: tuple[str, str, int], block: bytes) -> Request:
     host, path, query = parse_target(method, target, host)
     length = parse_length(minor, fields)
     keep_alive = minor > 0 and not ("connection" in fields and "close" in tokens(fields["connection"]))
-    expectations = tokens(fields["expect"]) if "expect" in fields and minor > 0 else ()  # RFC 9110 10.1.1
-    if any(expectation != "100-continue" for expectation in expectations):
-        raise HTTPError(417, "The only expectation that can be met is `100-continue`.")
-    expects = length != 0 and "100-continue" in expectations
+    expects = False
+    if "expect" in fields and minor > 0:  # RFC 9110 10.1.1
+        expectations = tokens(fields["expect"])
+        if any(expectation != "100-continue" for expectation in expectations):
+            raise HTTPError(417, "The only expectation that can be met is `100-continue`.")
+        expects = length != 0 and "100-continue" in expectations
     return Request(method, target, path, query, minor, host, fields, length, keep_alive, expects)
 
 
