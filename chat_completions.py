@@ -434,6 +434,8 @@ class EventStream:
     The first ones wait for the first word, so that a run that fails before it is answered with a real status.
     """
 
+    __slots__ = ("_begun", "_clock", "_include_usage", "_last", "_send", "_start", "_unsent", "_word")
+
     def __init__(
         self,
         run_id: str,

@@ -570,8 +570,7 @@ class Gateway:
         if request.fields.get("content-encoding", "identity").lower() not in ("", "identity"):
             fields = [("Accept-Encoding", "identity")]  # RFC 9110 12.5.3
             raise APIError(415, "The body's Content-Encoding is not understood; send plain JSON.", fields=fields)
-        body = await x.body(request)
-        call = chat.parse_request(body)
+        call = chat.parse_request(await x.body(request))  # without a name: the run would keep it
         uuid = chat.as_uuid(x.id[4:])  # so that the log's request and the client's completion have one number
         target = house.directory.resolve(call.model, call.user, request.fields, uuid)
         x.agent = target.agent_id
