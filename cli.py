@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
 if TYPE_CHECKING:
@@ -322,7 +323,7 @@ def _parse(argv: Sequence[str], version: str) -> Namespace:
     words = list(argv)
     if not words or (words[0].startswith("-") and words[0] not in ("-h", "--help", "--version")):
         words.insert(0, "gateway")
-    options = _parser(version).parse_args(words)
+    options = _parser(words, version).parse_args(words)
     options.overrides = [_pair(text) for text in options.set]
     for flag, keys in KEYS.items():
         given = getattr(options, flag) if options.command == "gateway" else None
@@ -374,9 +375,13 @@ def _stdin() -> str:
     return data.decode("utf-8", "replace").rstrip("\r\n")
 
 
-def _parser(version: str) -> ArgumentParser:
-    """The parser of all COMMANDS; `command` in its Namespace is the name of the one that was given."""
-    import argparse  # 10 ms, which an import of this module need not pay
+def _parser(words: Sequence[str], version: str) -> ArgumentParser:
+    """The parser of the command that these words begin with, else of all; `command` in its Namespace is its name."""
+    import argparse  # 2 ms, which an import of this module need not pay
+
+    given = [c for c in COMMANDS if c.name.split() == list(words[: len(c.name.split())])]
+    # Where no help is printed, no terminal's width is asked for: argparse imports shutil for it, 3 ms and half a MiB.
+    width = None if {"-h", "--help"} & set(words) else 80
 
     class Parser(argparse.ArgumentParser):
         def error(self, message: str) -> Any:
@@ -387,7 +392,7 @@ def _parser(version: str) -> ArgumentParser:
             "prog": f"{PROGRAM} {command}".strip(),
             "description": does,
             "epilog": f"example:\n  {example}",
-            "formatter_class": argparse.RawDescriptionHelpFormatter,
+            "formatter_class": partial(argparse.RawDescriptionHelpFormatter, width=width),
             "allow_abbrev": False,
         }
 
@@ -395,7 +400,7 @@ def _parser(version: str) -> ArgumentParser:
     root = Parser(**parser("", does, "copepod gateway --help"))
     root.add_argument("--version", action="version", version=f"{PROGRAM} {version}")
     groups = {"": root.add_subparsers(metavar="COMMAND", required=True, parser_class=Parser)}
-    for command in COMMANDS:
+    for command in given or COMMANDS:
         group, _, word = command.name.rpartition(" ")
         if group not in groups:
             does = " or ".join(c.name.split()[1] for c in COMMANDS if c.name.startswith(f"{group} "))

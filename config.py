@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, fields
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
 
 STATE_DIR = "~/.copepod"
 DEFAULT_PORT = 18789  # the family's
@@ -203,8 +202,7 @@ class ConfigError(Exception):
         self.problems = problems
 
 
-@dataclass(frozen=True, slots=True)
-class Agent:
+class Agent(NamedTuple):
     id: str
     name: str
     models: tuple[str, ...]  # "<provider>/<model>", the primary first, then its fallbacks
@@ -213,90 +211,100 @@ class Agent:
     timeout_seconds: float
 
 
-@dataclass(frozen=True, slots=True)
-class Provider:
+class Provider(NamedTuple):
+    """Where models come from. Keys may be in its options, so its repr has none."""
+
     name: str
     api: str
-    options: dict[str, Any] = field(repr=False)  # keys may be in it
+    options: dict[str, Any]
+
+    def __repr__(self) -> str:
+        return f"Provider({self.name!r}, {self.api!r})"
 
 
-@dataclass(frozen=True, slots=True)
-class RateLimit:
+class RateLimit(NamedTuple):
     max_attempts: int
     window_ms: int
     lockout_ms: int
     exempt_loopback: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Auth:
+class Auth(NamedTuple):
+    """Who may call."""
+
     mode: str  # "none", "token" or "password"
-    secret: str = field(repr=False)
+    secret: str
     rate_limit: RateLimit
 
+    def __repr__(self) -> str:
+        return f"Auth({self.mode!r})"
 
-@dataclass(frozen=True, slots=True)
-class Config:
+
+class Config(NamedTuple):
+    """All of it, with secrets, so its repr tells the file alone."""
+
     path: str | None
     warnings: tuple[str, ...]
-    port: int = field(metadata={"at": "gateway.port"})
-    bind: str = field(metadata={"at": "gateway.bind"})
+    port: int
+    bind: str
     brands: tuple[str, ...]
-    trusted_proxies: tuple[str, ...] = field(metadata={"at": "gateway.trustedProxies"})
-    max_connections: int = field(metadata={"at": "gateway.maxConnections"})
-    drain_seconds: float = field(metadata={"at": "gateway.drainSeconds"})
-    keep_alive_seconds: float = field(metadata={"at": "gateway.http.keepAliveSeconds"})
-    write_timeout_seconds: float = field(metadata={"at": "gateway.http.writeTimeoutSeconds"})
+    trusted_proxies: tuple[str, ...]
+    max_connections: int
+    drain_seconds: float
+    keep_alive_seconds: float
+    write_timeout_seconds: float
     auth: Auth
-    allowed_origins: tuple[str, ...] = field(metadata={"at": "gateway.http.allowedOrigins"})
-    allowed_hosts: tuple[str, ...] = field(metadata={"at": "gateway.http.allowedHosts"})
-    chat_completions: bool = field(metadata={"at": "gateway.http.endpoints.chatCompletions.enabled"})
+    allowed_origins: tuple[str, ...]
+    allowed_hosts: tuple[str, ...]
+    chat_completions: bool
     tls: tuple[str, str] | None
     agents: dict[str, Agent]
     default_agent: str
-    max_concurrent: int = field(metadata={"at": "agents.defaults.maxConcurrent"})
+    max_concurrent: int
     providers: dict[str, Provider]
-    store: str = field(metadata={"at": "session.store"})
-    max_messages: int = field(metadata={"at": "session.maxMessages"})
+    store: str
+    max_messages: int
     state_dir: str
-    log_level: str = field(metadata={"at": "logging.level"})  # "error", "warn", "info" or "debug"
-    log_format: str = field(metadata={"at": "logging.format"})
+    log_level: str  # "error", "warn", "info" or "debug"
+    log_format: str
     used_variables: frozenset[str]
-    tree: dict[str, Any] = field(repr=False)  # all of it as the file would say it, secrets too
+    tree: dict[str, Any]  # all of it as the file would say it, secrets too
+
+    def __repr__(self) -> str:
+        return f"Config({self.path!r})"
 
 
 # Where the fields stand in the file that stand there as they are.
-FIELDS = {item.name: item.metadata["at"] for item in fields(Config) if item.metadata}
+FIELDS = {
+    "port": "gateway.port", "bind": "gateway.bind", "trusted_proxies": "gateway.trustedProxies",
+    "max_connections": "gateway.maxConnections", "drain_seconds": "gateway.drainSeconds",
+    "keep_alive_seconds": "gateway.http.keepAliveSeconds", "write_timeout_seconds": "gateway.http.writeTimeoutSeconds",
+    "allowed_origins": "gateway.http.allowedOrigins", "allowed_hosts": "gateway.http.allowedHosts",
+    "chat_completions": "gateway.http.endpoints.chatCompletions.enabled",
+    "max_concurrent": "agents.defaults.maxConcurrent",
+    "store": "session.store", "max_messages": "session.maxMessages",
+    "log_level": "logging.level", "log_format": "logging.format",
+}  # fmt: skip
 
 
-class Reading(Protocol):
-    """What is used of the reading (settings.Settings) that a tree comes from."""
+if TYPE_CHECKING:
 
-    prefixes: list[str]
-    folder: str
-    file: str | None
-    problems: list[str]
-    warnings: list[str]
-    ignored: list[str]
-    variables: set[str]
+    class Reading(Protocol):
+        """What is used of the reading (settings.Settings) that a tree comes from."""
 
-    def path(self, text: str, folder: str = "") -> str: ...
-    def argument(self, text: str) -> str: ...
-    def variable(self, suffix: str) -> tuple[str, str]: ...
-    def check(self, value: Any, table: Any, path: str = "") -> Any: ...
-    def near(self, word: str, words: Iterable[str]) -> str: ...
+        prefixes: list[str]
+        folder: str
+        file: str | None
+        problems: list[str]
+        warnings: list[str]
+        ignored: list[str]
+        variables: set[str]
 
-
-def embedded(raw: Mapping[str, Any], agents: Iterable[str]) -> dict[str, Any]:
-    """Return another program's dict with these agents listed, and with sessions in memory where it does not say."""
-    tree = {"session": {}, "agents": {}, **raw}  # a section that is wrong stays as it is, for `build` to say
-    if isinstance(tree["session"], Mapping):
-        tree["session"] = {"store": MEMORY, **tree["session"]}
-    if isinstance(tree["agents"], Mapping) and isinstance(listed := tree["agents"].get("list", []), (list, tuple)):
-        known = {str(entry.get("id")).lower() for entry in listed if isinstance(entry, Mapping)}
-        missing = ({"id": agent} for agent in agents if agent.lower() not in known)
-        tree["agents"] = {**tree["agents"], "list": [*listed, *missing]}
-    return tree
+        def path(self, text: str, folder: str = "") -> str: ...
+        def argument(self, text: str) -> str: ...
+        def variable(self, suffix: str) -> tuple[str, str]: ...
+        def check(self, value: Any, table: Any, path: str = "") -> Any: ...
+        def near(self, word: str, words: Iterable[str]) -> str: ...
 
 
 def build(raw: Any, settings: Reading) -> Config:

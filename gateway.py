@@ -248,7 +248,7 @@ class Gateway:
         if not isinstance(config, Config):
             # Another program's files are its own: without a word about it, sessions are kept in memory.
             reading = _reading(os.environ)
-            config = configuration.build(reading.take(configuration.embedded(config or {}, agents or {})), reading)
+            config = configuration.build(reading.take(settings.embedded(config or {}, agents or {})), reading)
         self._agents = {name.lower(): function for name, function in (agents or {}).items()}
         self._pool = pool.Pool(http1.format_request, http1.read_answer)
         self.house = House(config, self._agents, self._pool.request)

@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 PROTOCOL = 3
 OPEN_SECONDS = 10.0  # to connect and be greeted; a gateway waits as long for the first request
@@ -35,16 +35,18 @@ class RemoteError(Exception):
     """A call has failed; the text is a line that says why and what to do."""
 
 
-class WebSocket(Protocol):
-    """An open connection. `receive` gives None at its end, and then `close_code` and `close_reason` are the peer's."""
+if TYPE_CHECKING:
 
-    close_code: int | None
-    close_reason: str
+    class WebSocket(Protocol):
+        """An open connection. `receive` gives None at its end; then `close_code` and `close_reason` are the peer's."""
 
-    async def send(self, message: str) -> None: ...
-    async def receive(self) -> str | bytes | None: ...
-    def close(self) -> None: ...
-    def abort(self) -> None: ...
+        close_code: int | None
+        close_reason: str
+
+        async def send(self, message: str) -> None: ...
+        async def receive(self) -> str | bytes | None: ...
+        def close(self) -> None: ...
+        def abort(self) -> None: ...
 
 
 def parse_url(url: str) -> Address:

@@ -6,22 +6,20 @@ import json
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 MAX_FILE_BYTES = 1 << 20  # the family's largest real files are some 50 KB
 LOCAL_FILE = "copepod.json5"
 HOME_FILE = "~/.copepod/copepod.json5"
 NEAR = 0.75  # difflib's ratio from which an unknown key is a slip of the pen: "prot" for "port" is 0.75
+MEMORY = ":memory:"  # a session store without a file
 SECRETS = ("token", "password", "apiKey")
 SECRET_MAPS = ("env", "headers")
 
 VARIABLE = re.compile(r"\$(\$?)\{([A-Z_][A-Z0-9_]*)\}")
 COMMENT = r"//[^\n\r\u2028\u2029]*|/\*.*?\*/"
 # A string, a comment, a trailing comma, a bare key: what people use of JSON5.
-JSON5 = re.compile(
-    rf'("(?:[^"\\]|\\.)*")|{COMMENT}|,(?=(?>\s|{COMMENT})*+[}}\]])|([A-Za-z_$][A-Za-z0-9_$]*)(?=\s*:)', re.DOTALL
-)
+JSON5 = rf'(?s)("(?:[^"\\]|\\.)*")|{COMMENT}|,(?=(?>\s|{COMMENT})*+[}}\]])|([A-Za-z_$][A-Za-z0-9_$]*)(?=\s*:)'
 
 
 class Filled(str):
@@ -45,7 +43,7 @@ def parse(text: str) -> Any:
         # The package json5 takes 15 us for a byte, so it gets only what is not nearly JSON.
         for rewrite in (False, True):
             try:
-                return json.loads(JSON5.sub(_plain, text) if rewrite else text)
+                return json.loads(re.sub(JSON5, _plain, text) if rewrite else text)
             except ValueError:
                 continue
         import json5
@@ -74,18 +72,29 @@ def mask(value: Any, key: str = "") -> Any:
     return [mask(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
-@dataclass(slots=True)
+def embedded(raw: Mapping[str, Any], agents: Iterable[str]) -> dict[str, Any]:
+    """Return another program's dict with these agents listed, and with sessions in memory where it does not say."""
+    tree = {"session": {}, "agents": {}, **raw}  # a section that is wrong stays as it is, for `build` to say
+    if isinstance(tree["session"], Mapping):
+        tree["session"] = {"store": MEMORY, **tree["session"]}
+    if isinstance(tree["agents"], Mapping) and isinstance(listed := tree["agents"].get("list", []), (list, tuple)):
+        known = {str(entry.get("id")).lower() for entry in listed if isinstance(entry, Mapping)}
+        missing = ({"id": agent} for agent in agents if agent.lower() not in known)
+        tree["agents"] = {**tree["agents"], "list": [*listed, *missing]}
+    return tree
+
+
 class Settings:
     """One reading: what it has to go by, and what it has found. It raises nothing; what is wrong is in `problems`."""
 
-    environ: Mapping[str, str]
-    prefixes: list[str]  # of the environment's variables, a brand each
-    folder: str = field(default_factory=os.getcwd)  # relative paths start here
-    file: str | None = None  # that was read; absolute
-    problems: list[str] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
-    ignored: list[str] = field(default_factory=list)  # paths of keys that are not in the table
-    variables: set[str] = field(default_factory=set)  # the names in every ${VAR}
+    def __init__(self, environ: Mapping[str, str], prefixes: list[str]) -> None:
+        self.environ, self.prefixes = environ, prefixes  # of its variables, a brand each
+        self.folder = os.getcwd()  # relative paths start here
+        self.file: str | None = None  # that was read; absolute
+        self.problems: list[str] = []
+        self.warnings: list[str] = []
+        self.ignored: list[str] = []  # paths of keys that are not in the table
+        self.variables: set[str] = set()  # the names in every ${VAR}
 
     def read(self, path: str | None, overrides: Sequence[tuple[str, str]] = ()) -> Any:
         """Return the tree of this file (None: the one that `find` finds, else {}) as `take` does; None: a problem."""
@@ -253,7 +262,7 @@ def _read(path: str) -> str:
             data = file.read(MAX_FILE_BYTES + 1)
         if len(data) > MAX_FILE_BYTES:
             raise ValueError(f"is over {MAX_FILE_BYTES} bytes: is it a configuration?")
-        return data.decode("utf-8-sig")
+        return data.decode().removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         raise ValueError(f"is not UTF-8 (at byte {error.start}): save it as UTF-8") from None
     except OSError as error:

@@ -88,7 +88,7 @@ def built(tree: Any, found: reading.Settings) -> config.Config | None:
 def test_any_tree(tree: Any, embed: bool) -> None:
     found = settings_of({"MARK": SECRET, "COPEPOD_GATEWAY_TOKEN": SECRET})
     if embed and isinstance(tree, dict):
-        tree = config.embedded(tree, ["main", "Extra"])
+        tree = reading.embedded(tree, ["main", "Extra"])
     built(found.take(tree), found)
 
 
