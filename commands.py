@@ -206,7 +206,8 @@ async def start(
             await asyncio.wait([starting])
             raise
     except OSError as error:
-        log.error("run %s: the command could not be started: %s", child.run_id, error)
+        # uvloop's error names no file.
+        log.error("run %s: %s could not be started in %s: %s", child.run_id, argv[0], folder or ".", error.strerror)
         reasons = {FileNotFoundError: "was not found", PermissionError: "is not executable"}
         reason = reasons.get(type(error), "could not be started")
         raise CommandError("upstream", f"the agent's command {reason}", taken=False) from None

@@ -671,7 +671,18 @@ def _command_gateway(options: Namespace) -> int:
     for warning in config.warnings:
         log.warning("%s", warning)
     raise_file_limit()
-    return asyncio.run(_serve(config, options))
+    with asyncio.Runner(loop_factory=_fast_loop()) as runner:
+        return runner.run(_serve(config, options))
+
+
+def _fast_loop() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    """Return what makes uvloop's loop, where it is installed (copepod[fast]), else None: asyncio's own will do."""
+    try:
+        import uvloop
+    except ImportError:
+        return None
+    factory: Callable[[], asyncio.AbstractEventLoop] = uvloop.new_event_loop
+    return factory
 
 
 async def _serve(config: Config, options: Namespace) -> int:
@@ -698,6 +709,8 @@ async def _serve(config: Config, options: Namespace) -> int:
     loop.add_signal_handler(signal.SIGHUP, reload)
     await gateway.start()
     cli.say_ready(gateway.url, config.chat_completions, config.auth.mode)
+    if (loops := type(loop).__module__.partition(".")[0]) != "asyncio":
+        log.info("on the event loop of %s", loops)
     await signalled.wait()
     log.info("going down; what runs has %g seconds", config.drain_seconds)
     await gateway.stop(config.drain_seconds)

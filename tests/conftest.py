@@ -14,6 +14,17 @@ import pytest
 OURS = re.compile(r"\w+_(CONFIG_PATH|STATE_DIR|GATEWAY_(PORT|TOKEN|PASSWORD))")  # of any brand
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--uvloop", action="store_true", help="run the loops of the tests themselves on uvloop, too")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--uvloop"):
+        import uvloop
+
+        asyncio.set_event_loop_policy(uvloop.EventLoopPolicy())
+
+
 def pytest_collection_finish() -> None:
     gc.collect()
     gc.freeze()  # what a test leaves is then found in a millisecond

@@ -177,7 +177,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(checkout: Path, tmp_path: 
     assert (about["License-Expression"], about["Requires-Python"]) == ("MIT", ">=3.11")
     required = [line for line in about.get_all("Requires-Dist", []) if "extra ==" not in line]
     assert required == PROJECT["project"]["dependencies"]
-    assert set(about.get_all("Provides-Extra", [])) == {"test", "dev", "fuzz"}
+    assert set(about.get_all("Provides-Extra", [])) == {"fast", "test", "dev", "fuzz"}
 
 
 def test_the_version_is_one(checkout: Path) -> None:
