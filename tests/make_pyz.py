@@ -1,24 +1,50 @@
-"""Build the program as one file with all it needs but Python, the same bytes each time: `make_pyz.py FILE`."""
+"""Build the program as one file with all it needs but Python, the same bytes each time: `make_pyz.py FILE`.
+
+So that it is small, comments and docstrings are left out; each statement keeps its line, for tracebacks.
+"""
 
 from __future__ import annotations
 
+import ast
+import re
 import sys
+import tokenize
 from importlib.metadata import distribution
 from pathlib import Path
 from zipfile import ZIP_DEFLATED, ZipFile, ZipInfo
 
 ROOT = Path(__file__).resolve().parent.parent
 MAIN = b"import sys\n\nfrom copepod.gateway import main\n\nsys.exit(main())\n"
+JSON5_PROGRAM = {"__main__.py", "tool.py"}  # its command line is not ours
+
+
+def bare(source: bytes) -> bytes:
+    """The module without comments and docstrings, indented by one column a level."""
+    text = source.decode()
+    lines, nodes = text.split("\n"), list(ast.walk(ast.parse(text)))
+    strings = [node for node in nodes if isinstance(node, ast.Constant | ast.JoinedStr)]
+    inside = {row for node in strings for row in range(node.lineno, node.end_lineno or 0)}
+    for node in [node.value for node in nodes if isinstance(node, ast.Expr)]:
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            end = node.end_lineno or 0
+            lines[node.lineno - 1 : end] = [" " * node.col_offset + '""', *[""] * (end - node.lineno)]
+    for token in tokenize.generate_tokens(iter([f"{line}\n" for line in lines]).__next__):
+        if token.type == tokenize.COMMENT:
+            row, column = token.start
+            lines[row - 1] = lines[row - 1][:column].rstrip()
+    for row in set(range(len(lines))) - inside:
+        lines[row] = re.sub("^(?: {4})+", lambda match: " " * (match.end() // 4), lines[row])
+    return "\n".join(lines).encode()
 
 
 def contents() -> dict[str, bytes]:
     """What is in the file, by name; a folder ends in `/` (without its entry, an import would not see `copepod`)."""
     files = {"__main__.py": MAIN, "copepod/": b"", "json5/": b""}
-    files |= {f"copepod/{path.name}": path.read_bytes() for path in ROOT.glob("*.py")}
+    files |= {f"copepod/{path.name}": bare(path.read_bytes()) for path in ROOT.glob("*.py")}
     files["copepod/LICENSE"] = (ROOT / "LICENSE").read_bytes()
     for path in distribution("json5").files or []:
-        if path.suffix == ".py" and path.parts[0] == "json5":
-            files[str(path)] = path.read_binary()
+        if path.suffix == ".py" and path.parts[0] == "json5" and path.name not in JSON5_PROGRAM:
+            files[str(path)] = bare(path.read_binary())
         elif path.name == "LICENSE":
             files["json5/LICENSE"] = path.read_binary()
     return files
@@ -28,12 +54,12 @@ def build(target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     with target.open("wb") as out:
         out.write(b"#!/usr/bin/env python3\n")
-        with ZipFile(out, "w", ZIP_DEFLATED) as archive:
+        with ZipFile(out, "w", ZIP_DEFLATED, compresslevel=9) as archive:
             for name, data in sorted(contents().items()):
                 entry = ZipInfo(name)  # its time is 1980
                 entry.compress_type = ZIP_DEFLATED
                 entry.external_attr = (0o40755 << 16 | 0x10) if name.endswith("/") else 0o100644 << 16
-                archive.writestr(entry, data)
+                archive.writestr(entry, data, compresslevel=9)
     target.chmod(0o755)
 
 

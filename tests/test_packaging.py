@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import http.client
 import json
 import os
@@ -26,6 +27,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 VERSION = f"copepod {PROJECT['project']['version']}\n"
 MODULES = {path.name for path in ROOT.glob("*.py")}
+SMALL = 100_000  # bytes of the one file
+WHEEL = 122_880  # of the wheel, which has every comment: they are a quarter of it
 BOUND = 300  # seconds; a package index may be slow
 # Taken before the tests change the environment: pip's settings count, what was said to this Python does not.
 ENVIRON = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "COVERAGE"))}
@@ -167,6 +170,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(checkout: Path, tmp_path: 
     argv = ("-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", tmp_path, checkout)
     run(sys.executable, *argv, cwd=tmp_path, **variables)
     (file,) = tmp_path.glob("*.whl")
+    assert file.stat().st_size < WHEEL
     with ZipFile(file) as wheel:
         names = wheel.namelist()
         (metadata,) = (name for name in names if name.endswith("/METADATA"))
@@ -239,6 +243,25 @@ def test_one_file_holds_the_modules_and_the_licences(pyz: Path) -> None:
     ours = {name.removeprefix("copepod/") for name in names if name.startswith("copepod/")}
     assert ours == {"", "LICENSE", *MODULES}
     assert {name for name in names if "/" not in name} == {"__main__.py"}
+
+
+def test_one_file_is_small(pyz: Path) -> None:
+    assert pyz.stat().st_size < SMALL
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_one_file_does_the_same(name: str) -> None:
+    source = (ROOT / name).read_bytes()
+    assert statements(make_pyz.bare(source)) == statements(source)
+
+
+def statements(source: bytes) -> list[tuple[int, str]]:
+    """Each statement of a module with its line, and without the docstrings in it."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            node.value.value = ""
+    return [(node.lineno, ast.dump(node)) for node in ast.walk(tree) if isinstance(node, ast.stmt)]
 
 
 # Vendored
