@@ -251,8 +251,9 @@ class Child(asyncio.SubprocessProtocol):
             self.end()
         if self.stdin is not None:
             pipe = cast(asyncio.WriteTransport, self.transport.get_pipe_transport(0))
-            pipe.write(self.stdin)  # what does not fit is written as the child reads; a broken pipe is ignored
-            pipe.write_eof()
+            if not pipe.is_closing():  # uvloop knows already that the program has ended, and would raise RuntimeError
+                pipe.write(self.stdin)  # what does not fit is written as the child reads; a broken pipe is ignored
+                pipe.write_eof()
 
     def pipe_data_received(self, fd: int, data: bytes) -> None:
         if fd == 2:

@@ -185,7 +185,8 @@ class Connection(asyncio.StreamReaderProtocol):
 
     def write(self, data: bytes) -> bool:
         """Send `data`, and return whether the connection is full."""
-        self.transport.write(data)
+        if not self._lost:  # asyncio would drop it, uvloop raise RuntimeError
+            self.transport.write(data)
         return self.transport.get_write_buffer_size() > HIGH_WATER
 
     def soon(self, callback: Callable[[], Any]) -> None:

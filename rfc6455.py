@@ -331,7 +331,7 @@ class WebSocket:
         if self.close_code is None:
             self.close_code = ABNORMAL
         with suppress(OSError):
-            if linger and self._transport.can_write_eof():
+            if linger and not self._transport.is_closing() and self._transport.can_write_eof():
                 self._transport.write_eof()
                 while await self._reader.read(CHUNK):
                     pass

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable, Coroutine
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -59,11 +61,39 @@ def test_the_program(tmp_path: Path, level: str) -> None:
     asyncio.run(main())
 
 
+def on_uvloop(main: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(main())
+
+
 def test_an_application_that_runs_on_it() -> None:
     async def main() -> None:
         async with Upstream() as upstream, serving(upstream.settings()) as hub:
             assert type(asyncio.get_running_loop()) is uvloop.Loop
             await works(hub, upstream)
 
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(main())
+    on_uvloop(main)
+
+
+def test_a_command_that_does_not_read_its_stdin() -> None:
+    command = {"api": "command", "command": "/bin/sh", "args": ["-c", "exit 3", "agent"]}
+
+    async def main() -> None:
+        async with serving({"models.providers.sh": command, "agents.defaults.model": "sh/-"}) as hub:
+            answers = await asyncio.gather(*(ask(hub) for _ in range(20)))
+        assert {answer.status for answer in answers} == {502}
+
+    on_uvloop(main)
+
+
+def test_what_is_written_to_a_client_that_has_left() -> None:
+    async def main() -> None:
+        async with serving() as hub:
+            async with await Client.open(hub.port) as client:
+                assert await client.usable()
+                (connection,) = hub.connections
+            while hub.connections:
+                await asyncio.sleep(0)
+            assert not connection.write(b"late")
+
+    on_uvloop(main)
