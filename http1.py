@@ -43,7 +43,10 @@ _QUOTED = r'"(?:[\t \x21\x23-\x5b\x5d-\x7e\x80-\xff]|\\[\t \x21-\x7e\x80-\xff])*
 _CHUNK_LINE = re.compile(
     rf"([0-9A-Fa-f]{{1,16}})((?:[ \t]*;[ \t]*{_TCHAR}+(?:[ \t]*=[ \t]*(?:{_TCHAR}+|{_QUOTED}))?)*)\r\n"
 )
-_STATUS_LINE = re.compile(r"HTTP/1\.([0-9]) ([1-5][0-9]{2})(?: [^\r\n]*)?\r?\n")
+_NEXT_CHUNK = re.compile(b"\r\n" + _CHUNK_LINE.pattern.encode())  # behind the CRLF that ends the chunk before it
+_STATUS_LINE = re.compile(rb"HTTP/1\.([0-9]) ([1-5][0-9]{2})(?: [^\r\n]*)?\r?\n")
+_LINE_END = re.compile(rb"\r*\n")  # in the head of an answer (RFC 9112 2.2: LF alone may end a line)
+_HEAD_END = re.compile(rb"\n\r?\n")
 
 _REASONS = {
     101: "Switching Protocols", 200: "OK", 204: "No Content", 400: "Bad Request", 401: "Unauthorized", 403: "Forbidden",
@@ -383,36 +386,75 @@ def format_request(method: str, url: str, fields: Iterable[tuple[str, str]], bod
     return (scheme, host[0].strip("[]"), host[1] or {"http": 80, "https": 443}[scheme]), head + body
 
 
+def take_chunks(data: bytes) -> tuple[bytes, bytes]:
+    """Return what has come of the data of a chunked body, and the rest, which is read again with what comes next.
+
+    `data` and the rest begin with the CRLF before a chunk's line (RFC 9112 section 7.1). Of a chunk that is not here
+    whole, what is missing becomes one.
+    """
+    parts, at = [], 0
+    while (match := _NEXT_CHUNK.match(data, at, at + 2 + MAX_CHUNK_LINE)) and (size := int(match[1], 16)):
+        part = data[match.end() : match.end() + size]
+        parts.append(part)
+        at = match.end() + len(part)
+        if len(part) < size:
+            return b"".join(parts), b"\r\n%x\r\n" % (size - len(part))
+    return b"".join(parts), data[at:]
+
+
+def end_of_chunks(data: bytes) -> int:
+    """Return where the body ends in what `take_chunks` has left, 0 while more has to come. HTTPError: 400."""
+    match = _NEXT_CHUNK.match(data, 0, 2 + MAX_CHUNK_LINE)
+    if match is not None:
+        start, end = match.end(), data.find(b"\r\n\r\n", match.end() - 2, match.end() + MAX_TRAILER)
+        parse_fields(data[start : max(start, end + 2)])  # the trailer, which is dropped
+        broken = end < 0 and len(data) >= start + MAX_TRAILER
+    else:
+        end, broken = -1, data[:2] != b"\r\n" or b"\n" in data[2:] or len(data) >= 2 + MAX_CHUNK_LINE
+    if broken:
+        raise HTTPError(400, "a chunk, or the trailer, is malformed or too long")
+    return end + 4 if end > 0 else 0
+
+
+async def read_more(reader: asyncio.StreamReader) -> bytes:
+    """Return all that has come, at most PIECE bytes. OSError: the end."""
+    data = await reader.read(PIECE)
+    if not data:
+        raise ProtocolError("the answer broke off")
+    return data
+
+
 async def read_answer(reader: asyncio.StreamReader, method: str, release: Callable[[bool], None]) -> Response:
     """Return the answer to a request, its head read. OSError: it is no HTTP/1.1, or broke off.
 
     `release` is called when the answer is done with: with True when the connection can take another request.
     """
+    data, seen, status = b"", 0, 0
     try:
-        while True:
-            line = (await reader.readuntil(b"\n")).decode("latin-1")
-            match = _STATUS_LINE.fullmatch(line)
-            if match is None:
+        while status < 200:
+            end = _HEAD_END.search(data, seen, MAX_HEAD)
+            line = _STATUS_LINE.match(data)
+            if line is None and b"\n" in data:
                 raise ProtocolError("the answer is not HTTP/1.1")
-            block = ""
-            while (line := (await reader.readuntil(b"\n")).decode("latin-1")) not in ("\r\n", "\n"):
-                block += line.rstrip("\r\n") + "\r\n"
-                if len(block) > MAX_HEAD:
-                    raise ProtocolError("the answer's head is too long")
-            status, fields = int(match[2]), parse_fields(block.encode("latin-1"))
-            if status >= 200:
-                break
+            if line is not None and end is not None:
+                status, fields = int(line[2]), parse_fields(_LINE_END.sub(b"\r\n", data[line.end() : end.start() + 1]))
+                if line[1] == b"0":
+                    fields["connection"] = "close"  # HTTP/1.0: not to be written to again
+                data, seen = data[end.end() :], 0
+            elif len(data) >= MAX_HEAD:
+                raise ProtocolError("the answer's head is too long")
+            else:
+                seen = max(0, len(data) - 2)
+                data += await read_more(reader)
         if method == "HEAD" or status in (204, 304):
             length: int | None = 0
         elif "transfer-encoding" in fields or "content-length" in fields:
             length = parse_length(1, fields)
         else:
             length = -1
-        if match[1] == "0":
-            fields["connection"] = "close"  # HTTP/1.0: not to be written to again
-    except (HTTPError, asyncio.IncompleteReadError, asyncio.LimitOverrunError) as e:
-        raise ProtocolError("the answer's head is malformed, or broke off") from e
-    return Response(reader, release, status, fields, length)
+    except HTTPError as e:
+        raise ProtocolError("the answer's head is malformed") from e
+    return Response(reader, data, release, status, fields, length)
 
 
 class Response:
@@ -421,6 +463,7 @@ class Response:
     def __init__(
         self,
         reader: asyncio.StreamReader,
+        data: bytes,
         release: Callable[[bool], None],
         status: int,
         fields: dict[str, str],
@@ -428,40 +471,40 @@ class Response:
     ) -> None:
         self.status, self.fields = status, fields
         self._reader, self._release = reader, release
+        self._data = data  # what has come behind the head
         self._length = length  # of the body in bytes; None: chunked; -1: to the end of the connection
-        self._whole = length == 0
-        self._persists = "close" not in tokens(fields.get("connection", ""))
+        self._whole = length == 0 and not data
+        self._persists = "connection" not in fields or "close" not in tokens(fields["connection"])
 
     async def pieces(self) -> AsyncGenerator[bytes, None]:
         """Yield the body as it comes. OSError: it broke off, or its framing is broken."""
-        reader = self._reader
-        try:
-            if self._length is None:
-                while size := (await read_chunk_size(reader))[0]:
-                    while size > PIECE:
-                        data = await reader.readexactly(PIECE)
-                        size -= PIECE
-                        yield data
-                    data = await reader.readexactly(size + 2)
-                    if not data.endswith(b"\r\n"):
-                        raise ProtocolError("a chunk of the answer does not end with CRLF")
-                    yield data[:-2]
-                await read_trailer(reader)
-            elif self._length < 0:
-                while data := await reader.read(PIECE):
-                    yield data
-                return  # the connection has ended with the body
-            else:
-                left = self._length
-                while left:
-                    data = await reader.read(min(left, PIECE))
-                    if not data:
-                        raise ProtocolError("the answer broke off")
-                    left -= len(data)
-                    yield data
-        except (HTTPError, asyncio.IncompleteReadError, asyncio.LimitOverrunError) as e:
-            raise ProtocolError("the answer broke off, or its chunks are malformed") from e
-        self._whole = True
+        reader, data, left = self._reader, self._data, self._length
+        if left is None:
+            data, end = b"\r\n" + data, 0
+            while not end:
+                piece, data = take_chunks(data)
+                if piece:
+                    yield piece
+                try:
+                    end = end_of_chunks(data) if len(data) > 2 else 0
+                except HTTPError as e:
+                    raise ProtocolError("the answer's chunks are malformed") from e
+                if not end:
+                    data += await read_more(reader)
+            data = data[end:]
+        elif left < 0:
+            if data:
+                yield data
+            while data := await reader.read(PIECE):
+                yield data
+            return  # the connection has ended with the body
+        else:
+            while left:
+                data = data or await read_more(reader)
+                piece, data = data[:left], data[left:]
+                left -= len(piece)
+                yield piece
+        self._whole = not data  # behind the body there is nothing: what else came is no answer to the next request
 
     async def read(self, limit: int) -> bytes:
         """Return the whole body. OSError: it is longer than `limit` bytes, or broke off."""

@@ -12,7 +12,7 @@ import sys
 import threading
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Collection, Iterable
 from contextlib import suppress
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 ECHO_SLICE = 256  # words between two turns of the loop: about a tenth of a millisecond
 THREADS = 256  # of one agent, those that a cancelled run left behind included: a thread cannot be ended
@@ -38,6 +38,7 @@ log = logging.getLogger("copepod")
 
 Turn = dict[str, Any]
 Item = str | dict[str, Any]
+Result = TypeVar("Result")
 Provider = Callable[[Turn], AsyncIterator[Any]]  # of Items, or of what `checked` makes Items of
 
 
@@ -51,7 +52,7 @@ class Response(Protocol):
 
     def events(self) -> AsyncIterator[str]: ...
 
-    def close(self) -> None: ...
+    def close(self) -> None: ...  # ends what is being read, too
 
 
 Request = Callable[[str, str, list[tuple[str, str]], bytes], Awaitable[Response]]
@@ -294,41 +295,45 @@ def openai_completions(options: dict[str, Any], request: Request) -> Provider:
     fields, seconds = fields_of(options), options.get("timeoutSeconds")
 
     async def provider(turn: Turn) -> AsyncIterator[Item]:
-        clock = asyncio.get_running_loop().time
-        deadline = None if seconds is None else clock() + seconds
+        loop = asyncio.get_running_loop()
+        deadline = None if seconds is None else loop.time() + seconds
         response: Response | None = None
         events: AsyncIterator[str] | None = None
+        timer: asyncio.TimerHandle | None = None
         answer = Answer(secrets)
         try:
-            async with asyncio.timeout_at(deadline):
-                response = await request("POST", url, fields, body_of(turn))
+            response = await until(deadline, request("POST", url, fields, body_of(turn)))
             if not 200 <= response.status < 300:
-                async with asyncio.timeout_at(deadline):
-                    raise await refusal(response, turn["run_id"], secrets)
+                raise await until(deadline, refusal(response, turn["run_id"], secrets))
             if response.fields.get("content-type", "").lower().startswith("application/json"):
-                async with asyncio.timeout_at(deadline):
-                    body = await response.read(MAX_ANSWER)
+                body = await until(deadline, response.read(MAX_ANSWER))
                 if text := answer.take(body, "message"):
                     yield text
                 answer.done = bool(text)
             else:
-                events = response.events() if deadline is None else timed(response.events(), deadline)
+                if deadline is not None:  # one timer for all of them, and closing it ends its events
+                    timer = loop.call_at(deadline, response.close)
+                events = response.events()
                 async for data in events:
                     if data == "[DONE]":
                         answer.done = True
                         break
                     if text := answer.take(data, "delta"):
                         yield text
+                if not answer.done and deadline is not None and loop.time() >= deadline:
+                    raise TimeoutError
             for item in answer.end():
                 yield item
             if events is not None:
-                await drain(events)
+                await drain(events, response)
         except OSError as error:
             log.warning("run %s: the model server: %s", turn["run_id"], error or type(error).__name__)
-            if isinstance(error, TimeoutError) and deadline is not None and clock() >= deadline:
+            if deadline is not None and loop.time() >= deadline:
                 raise ProviderError("timeout", "the model server took too long", taken=True) from None
             raise broken(error, response is not None) from None
         finally:
+            if timer is not None:
+                timer.cancel()
             if response is not None:
                 response.close()
             await close(events)
@@ -474,22 +479,20 @@ async def refusal(response: Response, run_id: str, secrets: list[str]) -> Provid
     return status_error(response.status, message, retry_seconds(response.fields.get("retry-after", "")))
 
 
-async def timed(events: AsyncIterator[str], deadline: float) -> AsyncIterator[str]:
-    """The events until the deadline, a time of the loop's clock, then TimeoutError."""
-    try:
-        while True:
-            async with asyncio.timeout_at(deadline):
-                data = await anext(events, None)
-            if data is None:
-                return
-            yield data
-    finally:
-        await close(events)
+async def until(deadline: float | None, work: Awaitable[Result]) -> Result:
+    """What the work gives back, TimeoutError at the deadline, a time of the loop's clock."""
+    if deadline is None:
+        return await work
+    async with asyncio.timeout_at(deadline):
+        return await work
 
 
-async def drain(events: AsyncIterator[str]) -> None:
+async def drain(events: AsyncIterator[str], response: Response) -> None:
     """Reads what follows [DONE], most often the end of the body alone: only then is the connection used again."""
-    with suppress(OSError):
-        async with asyncio.timeout(DONE_GRACE):
+    timer = asyncio.get_running_loop().call_later(DONE_GRACE, response.close)
+    try:
+        with suppress(OSError):
             async for _ in events:
                 pass
+    finally:
+        timer.cancel()

@@ -56,6 +56,97 @@ def test_answer(answer: Any, method: str, status: int, body: bytes, pieces: int)
     serve([answer], work, pieces)
 
 
+CHUNKED = OK + b"Transfer-Encoding: chunked\r\n\r\n"
+
+
+@pytest.mark.parametrize("pieces", [1 << 20, 1, 7])
+@pytest.mark.parametrize(
+    ("chunks", "body"),
+    [
+        pytest.param(b"0\r\n\r\n", b"", id="none"),
+        pytest.param(b"1\r\na\r\n009\r\n0\r\n\r\n2\r\n\n\r\n000\r\n\r\n", b"a0\r\n\r\n2\r\n\n", id="like framing"),
+        pytest.param(b'1\r\na\r\n1 ; x="a;b" ; y\r\nb\r\n0;z\r\n\r\n', b"ab", id="extensions"),
+        pytest.param(b"1;" + b"x" * 252 + b"\r\na\r\n0\r\n\r\n", b"a", id="the longest line"),
+        pytest.param(b"0\r\nA: b\r\nC:\r\n\r\n", b"", id="trailer"),
+        pytest.param(b"0\r\nA: " + b"b" * 8000 + b"\r\n\r\n", b"", id="long trailer"),
+        pytest.param(b"0000000000000001\r\na\r\n0000000000000000\r\n\r\n", b"a", id="16 digits"),
+    ],
+)
+def test_chunks(chunks: bytes, body: bytes, pieces: int) -> None:
+    async def work(server: Server, pool: Pool) -> None:
+        for _ in range(2):
+            assert await fetch(server, pool) == (200, body)
+        assert server.connections == 1
+
+    serve([CHUNKED + chunks] * 2, work, pieces)
+
+
+@pytest.mark.parametrize("pieces", [1 << 20, 1, 7])
+@pytest.mark.parametrize(
+    "chunks",
+    [
+        pytest.param(b"\r\n1\r\na\r\n0\r\n\r\n", id="an empty line first"),
+        pytest.param(b"1\r\na0\r\n\r\n", id="no CRLF"),
+        pytest.param(b"1\r\na\n0\r\n\r\n", id="LF behind the data"),
+        pytest.param(b"1\r\na\r\n\r\n", id="an empty line for a size"),
+        pytest.param(b"1\na\r\n0\r\n\r\n", id="LF behind the size"),
+        pytest.param(b"-1\r\na\r\n0\r\n\r\n", id="sign"),
+        pytest.param(b" 1\r\na\r\n0\r\n\r\n", id="space"),
+        pytest.param(b"00000000000000001\r\na\r\n0\r\n\r\n", id="17 digits"),
+        pytest.param(b"1;" + b"x" * 253 + b"\r\na\r\n0\r\n\r\n", id="line too long"),
+        pytest.param(b"0\r\nA: " + b"b" * 9000 + b"\r\n\r\n", id="trailer too long"),
+        pytest.param(b"0\r\nA: b\nC: d\r\n\r\n", id="LF in the trailer"),
+        pytest.param(b"0\r\nA : b\r\n\r\n", id="trailer malformed"),
+    ],
+)
+def test_broken_chunks_are_known_at_once(chunks: bytes, pieces: int) -> None:
+    async def work(server: Server, pool: Pool) -> None:
+        with pytest.raises(ProtocolError, match="malformed"):
+            await fetch(server, pool)
+
+    serve([CHUNKED + chunks], work, pieces)
+
+
+def test_part_of_a_chunk_is_handed_on_as_it_comes() -> None:
+    async def work(server: Server, pool: Pool) -> None:
+        response = await pool.request("POST", server.url, [], b"")
+        async with aclosing(response.events()) as events:
+            assert await anext(events) == "a"  # its chunk goes on
+        response.close()
+
+    serve([CHUNKED + b"fff\r\ndata: a\n\nda"], work)
+
+
+@pytest.mark.parametrize("framing", [b"Content-Length: 999\r\n\r\n", b"Transfer-Encoding: chunked\r\n\r\n", b"\r\n"])
+def test_closing_ends_what_is_being_read(framing: bytes) -> None:
+    async def work(server: Server, pool: Pool) -> None:
+        response = await pool.request("POST", server.url, [], b"")
+        asyncio.get_running_loop().call_later(0.01, response.close)
+        if framing == b"\r\n":  # the end of the connection is the body's
+            assert await response.read(9) == b""
+        else:
+            with pytest.raises(ProtocolError, match="broke off"):
+                await response.read(9)
+        assert not pool._busy
+        assert not any(pool._idle.values())
+
+    serve([OK + framing], work)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [HI + b"x", CHUNKED + b"2\r\nhi\r\n0\r\n\r\n\r\n", OK + b"Content-Length: 0\r\n\r\n" + HI],
+    ids=["length", "chunked", "a second answer"],
+)
+def test_what_comes_with_an_answer_is_not_taken_for_the_next(answer: bytes) -> None:
+    async def work(server: Server, pool: Pool) -> None:
+        await fetch(server, pool)
+        assert await fetch(server, pool) == (200, b"hi")
+        assert server.connections == 2
+
+    serve([answer, HI], work)
+
+
 def test_large_bodies() -> None:
     large = bytes(range(256)) * 800  # more than three pieces
     script = [

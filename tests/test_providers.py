@@ -318,6 +318,7 @@ class Response:
     def __init__(self, status=200, fields=None, events=(), body=b"", hang=False):
         self.status, self.fields, self.body, self.hang = status, fields or {}, body, hang
         self.script = events
+        self.over = asyncio.Event()
         self.closed = self.ended = self.finalized = False
 
     async def read(self, limit):
@@ -336,13 +337,15 @@ class Response:
                     raise event
                 yield event if isinstance(event, str) else json.dumps(event)
             if self.hang:
-                await asyncio.Event().wait()
+                await self.over.wait()
+                raise OSError("closed")
             self.ended = True
         finally:
             self.finalized = True
 
-    def close(self):
+    def close(self):  # as the real one, which ends the connection that is read from
         self.closed = True
+        self.over.set()
 
 
 def server(answer, **options):

@@ -143,7 +143,8 @@ def answer(pieces: Iterable[bytes], method: str = "GET", events: bool = False) -
             else:
                 seen.append(await response.read(LIMIT))
             response.close()
-            return seen + released
+            behind = await reader.read(1)  # a pool does not use a connection again on which anything is unread
+            return [*seen, released == [True] and not behind]
         except OSError as e:
             return [*seen, str(e)]
 
