@@ -23,6 +23,7 @@ MIN_SECRET = 8  # characters of a header's word that is masked in what a server 
 MAX_REFUSAL = 64 * 1024  # bytes of a refusal's body
 MAX_MESSAGE = 500  # characters of another server's message
 MAX_RETRY_AFTER = 86_400  # seconds
+MAX_FRAMES = 4  # of an answer, that are learned; some servers have another in each chunk
 DONE_GRACE = 0.1  # seconds for the end of the body after [DONE], so that the connection can be used again
 FINISH_REASONS = {"stop", "length", "tool_calls", "content_filter"}
 UNREACHABLE = {errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN, errno.EHOSTDOWN}
@@ -33,6 +34,7 @@ CODES = {  # what OpenAI-compatible servers write in `code` and `type` where no 
     **dict.fromkeys(("rate_limit_error", "rate_limit_exceeded", "insufficient_quota"), 429),
 }
 WORD = re.compile(r"\S+\s*|\s+")
+PLAIN = re.compile(r'[^"\\\x00-\x1f]+')  # RFC 8259, 7: unescaped; in a JSON string it stands for itself
 
 log = logging.getLogger("copepod")
 
@@ -318,7 +320,7 @@ def openai_completions(options: dict[str, Any], request: Request) -> Provider:
                     if data == "[DONE]":
                         answer.done = True
                         break
-                    if text := answer.take(data, "delta"):
+                    if text := answer.word(data):
                         yield text
                 if not answer.done and deadline is not None and loop.time() >= deadline:
                     raise TimeoutError
@@ -370,6 +372,20 @@ class Answer:
         self.usage: dict[str, int] | None = None
         self.finish_reason: str | None = None
         self.done = False
+        self.frame, self.learned = ("", ""), 0
+
+    def word(self, data: str) -> str:
+        """The text of a chunk, as `take` has it: where only the word is new, all the rest is known to tell nothing."""
+        before, after = self.frame
+        if before and data.startswith(before) and data.endswith(after):
+            plain = PLAIN.fullmatch(data, len(before), len(data) - len(after))
+            if plain is not None:
+                return plain[0]
+        text = self.take(data, "delta")
+        if text and self.learned < MAX_FRAMES:
+            self.learned += 1
+            self.frame = frame_of(data, text) or self.frame
+        return text
 
     def take(self, data: str | bytes, part: str) -> str:
         """The text of a chunk (part "delta") or of a whole answer ("message"), often ""; else ProviderError."""
@@ -396,6 +412,20 @@ class Answer:
             raise ProviderError("upstream", "the model server's answer broke off", taken=True)
         items: list[Item] = [{"usage": self.usage}] if self.usage else []
         return [*items, {"finish_reason": self.finish_reason}] if self.finish_reason else items
+
+
+def frame_of(chunk: str, text: str) -> tuple[str, str] | None:
+    """What stands before and behind the text in a chunk that tells nothing else, None when that is not sure."""
+    before, _, after = chunk.partition(f'"{text}"')
+    frame, other = (f'{before}"', f'"{after}'), "any other word"
+    with suppress(ValueError, RecursionError):
+        value = json.loads(chunk)
+        choice = value["choices"][0]
+        choice["delta"]["content"] = other
+        # If this alone changes, the text is one whole string of the JSON: any that is plain may stand in its place.
+        if not choice.get("finish_reason") and not value.get("usage") and json.loads(other.join(frame)) == value:
+            return frame
+    return None
 
 
 def told(error: object, secrets: list[str]) -> ProviderError:

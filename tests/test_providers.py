@@ -433,6 +433,73 @@ def test_a_streamed_answer(events, expected):
         assert response.ended  # read to its end, so that its connection is used again
 
 
+def words(*chunks):
+    """What is made of the chunks one after the other, and of each by itself."""
+    together, alone = providers.Answer([]), [providers.Answer([]) for _ in chunks]
+    taken = [together.word(chunk) for chunk in chunks]
+    assert taken == [each.take(chunk, "delta") for each, chunk in zip(alone, chunks, strict=True)]
+    assert together.finish_reason == next((each.finish_reason for each in alone if each.finish_reason), None)
+    assert together.usage == next((each.usage for each in alone if each.usage), None)
+    return taken, together.frame
+
+
+FRAME = ('{"choices":[{"delta":{"content":"', '"}}]}')
+
+
+@pytest.mark.parametrize(
+    ("form", "learned"),
+    [
+        ('{"choices":[{"delta":{"content":"%s"}}]}', True),
+        ('{"choices": [{"delta": {"role": "a", "content": "%s"}, "finish_reason": null}], "usage": null}', True),
+        ('{"choices":[{"delta":{"content":"%s"}}],"usage":{}}', True),
+        (' {"choices":[{"delta":{"content":"%s"}}]}\r', True),
+        ('{"choices":[{"delta":{"content":"%s"},"finish_reason":"stop"}]}', False),
+        ('{"choices":[{"delta":{"content":"%s"}}],"usage":{"prompt_tokens":1}}', False),
+        ('{"id":"%s","choices":[{"delta":{"content":"%s"}}]}', False),
+        ('{"choices":[{"delta":{"content":"%s","content":"%s"}}]}', False),
+        ('{"choices":[{"delta":{"content":"%s"}}],"choices":[{"delta":{"content":"%s"}}]}', False),
+        ('{"choices":[{"delta":{"content":"%s"}}],"x":NaN}', True),
+    ],
+)
+def test_words_in_a_frame(form, learned):
+    def chunk(word):
+        return form.replace("%s", word)
+
+    given = ["a", "b", " c ", "d\\n", "", "e\\u00e9", "\u00e9\u2028\U0001f600", ",", ":", "content", '\\"', "f", "}"]
+    taken, frame = words(*map(chunk, given))
+    assert taken == [json.loads(f'"{word}"') for word in given]
+    assert (frame != ("", "")) is learned
+    assert frame == ("", "") or "g".join(frame) == chunk("g")
+
+
+@pytest.mark.parametrize(
+    "chunks",
+    [
+        [FRAME[0] + word + f'"}}}}],"n":{n}}}' for n, word in enumerate("abcdefgh")],
+        ['{"choices":[{"delta":{"content":"a\\u0062"}}]}', '{"choices":[{"delta":{"content":"c"}}]}'],
+        [FRAME[0] + "a" + FRAME[1], FRAME[0] + 'b"}}],"usage":{"prompt_tokens":1},"x":[{"y":{"z":"' + FRAME[1]],
+        [FRAME[0] + "a" + FRAME[1], '{"choices":[{"delta":{},"finish_reason":"stop"}]}', FRAME[0] + "b" + FRAME[1]],
+        ['{"x":",","choices":[{"delta":{"content":","}}]}', '{"x":",","choices":[{"delta":{"content":"a"}}]}'],
+        ['{"x":"a","choices":[{"delta":{"content":"a"}}]}', '{"x":"b","choices":[{"delta":{"content":"a"}}]}'],
+        ['{"choices":[{"delta":{"content":"any other word"}}]}', FRAME[0] + "a" + FRAME[1]],
+        ["a".join(FRAME), "".join(FRAME), "b".join(FRAME)],
+    ],
+)
+def test_words_of_several_frames(chunks):
+    words(*chunks)
+
+
+@pytest.mark.parametrize("broken", ["a\tb", "a\x00", 'a"', "a\\", "a\\x"])
+def test_what_is_no_json_is_refused_in_a_known_frame_too(broken):
+    answer = providers.Answer([])
+    assert answer.word("a".join(FRAME)) == "a"
+    assert answer.frame == FRAME
+    with pytest.raises(providers.ProviderError, match="no sense"):
+        answer.word(broken.join(FRAME))
+    with pytest.raises(providers.ProviderError, match="no sense"):
+        answer.word(FRAME[0][:-1] + FRAME[1])
+
+
 def whole(text, reason="stop", **more):
     message = {"role": "assistant", "content": text}
     return json.dumps({"choices": [{"message": message, "finish_reason": reason}]} | more).encode()
