@@ -23,7 +23,7 @@ MIN_SECRET = 8  # characters of a header's word that is masked in what a server 
 MAX_REFUSAL = 64 * 1024  # bytes of a refusal's body
 MAX_MESSAGE = 500  # characters of another server's message
 MAX_RETRY_AFTER = 86_400  # seconds
-MAX_FRAMES = 4  # of an answer, that are learned; some servers have another in each chunk
+MAX_FRAMES = 5  # words of an answer around which one is looked for; some servers have another in each chunk
 DONE_GRACE = 0.1  # seconds for the end of the body after [DONE], so that the connection can be used again
 FINISH_REASONS = {"stop", "length", "tool_calls", "content_filter"}
 UNREACHABLE = {errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN, errno.EHOSTDOWN}
@@ -34,6 +34,7 @@ CODES = {  # what OpenAI-compatible servers write in `code` and `type` where no 
     **dict.fromkeys(("rate_limit_error", "rate_limit_exceeded", "insufficient_quota"), 429),
 }
 WORD = re.compile(r"\S+\s*|\s+")
+ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 PLAIN = re.compile(r'[^"\\\x00-\x1f]+')  # RFC 8259, 7: unescaped; in a JSON string it stands for itself
 
 log = logging.getLogger("copepod")
@@ -361,7 +362,7 @@ def body_of(turn: Turn) -> bytes:
         "stream_options": {"include_usage": True},
         **turn["params"],
     }
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+    return ENCODER.encode(value).encode()
 
 
 class Answer:
@@ -372,7 +373,7 @@ class Answer:
         self.usage: dict[str, int] | None = None
         self.finish_reason: str | None = None
         self.done = False
-        self.frame, self.learned = ("", ""), 0
+        self.frame, self.missed = ("", ""), 0
 
     def word(self, data: str) -> str:
         """The text of a chunk, as `take` has it: where only the word is new, all the rest is known to tell nothing."""
@@ -382,9 +383,10 @@ class Answer:
             if plain is not None:
                 return plain[0]
         text = self.take(data, "delta")
-        if text and self.learned < MAX_FRAMES:
-            self.learned += 1
-            self.frame = frame_of(data, text) or self.frame
+        if text:
+            self.missed += 1
+            if 1 < self.missed <= MAX_FRAMES:  # an answer of one word has no use for it
+                self.frame = frame_of(data, text) or self.frame
         return text
 
     def take(self, data: str | bytes, part: str) -> str:

@@ -465,7 +465,7 @@ def test_words_in_a_frame(form, learned):
     def chunk(word):
         return form.replace("%s", word)
 
-    given = ["a", "b", " c ", "d\\n", "", "e\\u00e9", "\u00e9\u2028\U0001f600", ",", ":", "content", '\\"', "f", "}"]
+    given = ["a", "b", "b", " c ", "d\\n", "", "e\\u00e9", "\u00e9\u2028\U0001f600", ",", ":", '\\"', "f", "}"]
     taken, frame = words(*map(chunk, given))
     assert taken == [json.loads(f'"{word}"') for word in given]
     assert (frame != ("", "")) is learned
@@ -477,11 +477,11 @@ def test_words_in_a_frame(form, learned):
     [
         [FRAME[0] + word + f'"}}}}],"n":{n}}}' for n, word in enumerate("abcdefgh")],
         ['{"choices":[{"delta":{"content":"a\\u0062"}}]}', '{"choices":[{"delta":{"content":"c"}}]}'],
-        [FRAME[0] + "a" + FRAME[1], FRAME[0] + 'b"}}],"usage":{"prompt_tokens":1},"x":[{"y":{"z":"' + FRAME[1]],
-        [FRAME[0] + "a" + FRAME[1], '{"choices":[{"delta":{},"finish_reason":"stop"}]}', FRAME[0] + "b" + FRAME[1]],
-        ['{"x":",","choices":[{"delta":{"content":","}}]}', '{"x":",","choices":[{"delta":{"content":"a"}}]}'],
-        ['{"x":"a","choices":[{"delta":{"content":"a"}}]}', '{"x":"b","choices":[{"delta":{"content":"a"}}]}'],
-        ['{"choices":[{"delta":{"content":"any other word"}}]}', FRAME[0] + "a" + FRAME[1]],
+        ["a".join(FRAME), "c".join(FRAME), FRAME[0] + 'b"}}],"usage":{"prompt_tokens":1},"x":[{"y":{"z":"' + FRAME[1]],
+        ["a".join(FRAME), "c".join(FRAME), '{"choices":[{"delta":{},"finish_reason":"stop"}]}', "b".join(FRAME)],
+        ["a".join(FRAME), *('{"x":",","choices":[{"delta":{"content":"%"}}]}'.replace("%", word) for word in ",a,")],
+        ["a".join(FRAME), *('{"x":"%","choices":[{"delta":{"content":"a"}}]}'.replace("%", word) for word in "abc")],
+        ["a".join(FRAME), "any other word".join(FRAME), "b".join(FRAME)],
         ["a".join(FRAME), "".join(FRAME), "b".join(FRAME)],
     ],
 )
@@ -492,7 +492,7 @@ def test_words_of_several_frames(chunks):
 @pytest.mark.parametrize("broken", ["a\tb", "a\x00", 'a"', "a\\", "a\\x"])
 def test_what_is_no_json_is_refused_in_a_known_frame_too(broken):
     answer = providers.Answer([])
-    assert answer.word("a".join(FRAME)) == "a"
+    assert [answer.word(word.join(FRAME)) for word in "ab"] == ["a", "b"]
     assert answer.frame == FRAME
     with pytest.raises(providers.ProviderError, match="no sense"):
         answer.word(broken.join(FRAME))
