@@ -68,7 +68,7 @@ def test_json(body: bytes, expected: object) -> None:
     json.dumps(value, ensure_ascii=False).encode("utf-8")  # no lone surrogate is left
 
 
-DEPTH = 100_000
+DEPTH = 30_000  # as values these are not too many
 
 
 @pytest.mark.parametrize(
@@ -121,6 +121,58 @@ def test_bad_json(body: bytes, piece: str) -> None:
     assert piece in error.message
     assert error.param is None
     assert len(error.message) < 200
+
+
+LIMIT = chat.MAX_VALUES - 2  # commas and brackets, less those of the object and of its array
+
+
+def array(item: str, count: int, after: str = "") -> bytes:
+    return f'{{"a":[{",".join([item] * count)}]{after}}}'.encode()
+
+
+@pytest.mark.parametrize(
+    ("item", "bounds"),  # how many commas and opening brackets it has, with the comma behind it
+    [
+        ("0", 1),
+        ("[]", 2),
+        ('{"a":{}}', 3),
+        ('"a"', 1),
+        (r'"\"[,\\"', 1),
+        (r'"\\"', 1),
+        (r'"\\\","', 1),
+        ('{",":"[","":0}', 3),
+        ('"é"', 1),
+    ],
+)
+def test_values_are_counted_where_they_stand_outside_strings(item: str, bounds: int) -> None:
+    count = (LIMIT + 1) // bounds
+    spare = LIMIT + 1 - count * bounds  # of those that make the limit
+    values = chat.parse_json(array(item, count, ',"b":0' * spare))
+    assert len(values["a"]) == count
+    more = refused(array(item, count, ',"b":0' * (spare + 1)))
+    assert more.message == f"The body has more than {chat.MAX_VALUES} values."
+    assert (more.status, more.param) == (400, None)
+    with pytest.raises(chat.APIError, match="The frame has more than"):
+        chat.parse_json(array(item, count + 1), "frame")
+
+
+@pytest.mark.parametrize("text", ["1,2,3;", "[{,", r"\",\"", r"\\,", '[{\\"a\\": 1},'])
+def test_what_stands_in_a_string_is_one_value(text: str) -> None:
+    body = b'{"a":"%b"}' % (text * (900_000 // len(text))).encode()
+    assert chat.parse_json(body) == json.loads(body)
+
+
+def test_a_long_conversation_with_many_tools_has_fewer_values_than_may_be() -> None:
+    said = [
+        {"role": "user", "content": "How small, [roughly, is {it}?"},
+        {"role": "assistant", "content": "1 mm, or 2."},
+    ]
+    field = {"type": "string", "description": "A copepod's name", "enum": ["Calanus", "Cyclops"]}
+    properties = {f"field_{n}": field for n in range(28)}
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": properties}}}
+    body = json.dumps({"messages": said * 5000, "tools": [tool] * 128}, separators=(",", ":")).encode()
+    assert 850_000 < len(body) <= 1024 * 1024
+    assert len(chat.parse_request(body).messages) == 10_000
 
 
 def test_escapes_take_linear_time() -> None:
@@ -679,7 +731,7 @@ def test_stream_that_is_silent() -> None:
 
 
 def failed(kind: str, retry_after: int | None = None, taken: bool = False) -> dict[str, Any]:
-    return {"kind": kind, "message": "It \"failed\" é\u2028.", "retry_after": retry_after, "taken": taken}
+    return {"kind": kind, "message": 'It "failed" é\u2028.', "retry_after": retry_after, "taken": taken}
 
 
 def test_stream_that_fails_before_a_word() -> None:
@@ -698,7 +750,7 @@ def test_stream_that_fails_behind_a_word() -> None:
     *_, error, done = out.data()
     assert done == "[DONE]"
     assert json.loads(error) == {
-        "error": {"message": "It \"failed\" é\u2028.", "type": "timeout_error", "param": None, "code": None}
+        "error": {"message": 'It "failed" é\u2028.', "type": "timeout_error", "param": None, "code": None}
     }
 
 
