@@ -143,10 +143,21 @@ def undoubled(transcript: Sequence[Message], messages: Sequence[Message]) -> Seq
 
     The turn's message is the last one of a user or a tool. Compared by role, text and tool ids.
     """
-    old, new = [_identity(m) for m in transcript], [_identity(m) for m in messages]
-    turn = max((i for i, m in enumerate(messages) if m["role"] in ("user", "tool")), default=0)
-    longest = min(len(old), turn)
-    return messages[next((n for n in range(longest, 0, -1) if old[-n:] == new[:n]), 0) :]
+    turn = next((i for i in range(len(messages) - 1, 0, -1) if messages[i]["role"] in ("user", "tool")), 0)
+    longest = min(len(transcript), turn)
+    if not longest:
+        return messages
+    new = [_identity(m) for m in messages[:longest]]
+    # For each item, how many of the last ones up to it are the beginning (Knuth, Morris and Pratt): each step goes one
+    # further or falls back to what went before. None, which is no message, ends what could be longer.
+    items = [*new, None, *(_identity(m) for m in transcript[-longest:])]
+    matched = [0]
+    for item in items[1:]:
+        n = matched[-1]
+        while n and item != items[n]:
+            n = matched[n - 1]
+        matched.append(n + (item == items[n]))
+    return messages[matched[-1] :]
 
 
 def _identity(message: Message) -> tuple[Any, ...]:

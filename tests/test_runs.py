@@ -1009,6 +1009,41 @@ def test_undoubled(transcript: Any, messages: Any, kept: int) -> None:
     assert list(undoubled(transcript, messages)) == messages[len(messages) - kept :]
 
 
+class Counted(str):
+    """A text that counts how often it is compared."""
+
+    count = 0
+
+    def __eq__(self, other: object) -> bool:
+        Counted.count += 1
+        return str.__eq__(self, other)
+
+    __hash__ = str.__hash__
+
+
+@pytest.mark.parametrize("kept", ["the same", "another at the end", "another at the beginning", "every other one"])
+def test_undoubled_compares_a_message_a_few_times_however_long_both_are(kept: str) -> None:
+    def said(count: int) -> list[dict[str, Any]]:
+        return [
+            {"role": "assistant", "content": Counted("ab"[n % 2 if kept == "every other one" else 0])}
+            for n in range(count)
+        ]
+
+    size = 2000
+    transcript, other = said(size), {"role": "assistant", "content": Counted("c")}
+    transcript[:] = {"another at the end": [*transcript, other], "another at the beginning": [other, *transcript]}.get(
+        kept, transcript
+    )
+    Counted.count = 0
+    undoubled(transcript, [*said(size), {"role": "user", "content": "b"}])
+    assert Counted.count < 8 * size
+
+
+def test_undoubled_looks_at_no_past_where_a_request_has_none() -> None:
+    unread: list[Any] = [None]  # a look at it fails
+    assert undoubled(unread, [{"role": "user", "content": "b"}]) == [{"role": "user", "content": "b"}]
+
+
 def test_stored() -> None:
     async def work(desk: Desk) -> None:
         seen: list[Any] = []
