@@ -35,7 +35,13 @@ if TYPE_CHECKING:
     class Store(Protocol):
         """The transcripts."""
 
-        async def list(self, limit: int | None = None, agents: Collection[str] | None = None) -> Dicts: ...
+        async def list(
+            self,
+            limit: int | None = None,
+            agents: Collection[str] | None = None,
+            since: int = 0,  # ms since the epoch
+            keep: Callable[[Dict], bool] | None = None,  # called in another thread
+        ) -> Dicts: ...
         async def counts(self) -> dict[str, int]: ...
         async def history(self, agent: str, key: str, limit: int | None = None) -> tuple[str | None, Dicts]: ...
         async def reset(self, agent: str, key: str) -> str: ...
@@ -178,18 +184,18 @@ class Reports:
 
     async def _sessions(self, params: Dict) -> Dict:
         agents = [params["agentId"]] if "agentId" in params else list(self._hub.agents)
-        filtered = params.keys() & {"activeMinutes", "label", "search", "spawnedBy"}
-        limit = params.get("limit", LISTED)
-        found = await self._hub.store.list(None if filtered else limit, agents)
-        now, search = _now_ms(), params.get("search", "").lower()
-        minutes = params.get("activeMinutes")
-        kept = [
-            {**session, "abortedLastRun": False, "contextTokens": None}
-            for session in found
-            if (minutes is None or now - session["updatedAt"] <= minutes * 60_000)
-            and all(session.get(name) == params[name] for name in ("label", "spawnedBy") if name in params)
-            and search in f"{session['key']} {session.get('label', '')} {session['sessionId']}".lower()
-        ][:limit]
+        named = [name for name in ("label", "spawnedBy") if name in params]
+        search, now = params.get("search", "").lower(), _now_ms()
+
+        def keep(session: Dict) -> bool:
+            return all(session.get(name) == params[name] for name in named) and (
+                search in f"{session['key']} {session.get('label', '')} {session['sessionId']}".lower()
+            )
+
+        since = int(now - params["activeMinutes"] * 60_000) if "activeMinutes" in params else 0
+        limit, wanted = params.get("limit", LISTED), keep if named or search else None
+        found = await self._hub.store.list(limit, agents, since, wanted)
+        kept = [{**session, "abortedLastRun": False, "contextTokens": None} for session in found]
         about = {"ts": now, "path": self._hub.store_name, "count": len(kept), "defaults": self._defaults()}
         return {**about, "sessions": kept}
 

@@ -229,7 +229,9 @@ def _append(db: Connection, row: int, model: str, tokens: tuple[int, int], texts
 
 def _trim(db: Connection, row: int, limit: int) -> None:
     """Drop the oldest messages beyond `limit`, and with them what is left of a turn they cut."""
-    first, last = db.execute("SELECT min(seq), max(seq) FROM messages WHERE session = ?", (row,)).fetchone()
+    # Two queries: SQLite looks for the least and the greatest at once by reading all of them.
+    ends = [f"SELECT {end}(seq) FROM messages WHERE session = ?" for end in ("min", "max")]  # noqa: S608
+    first, last = (db.execute(query, (row,)).fetchone()[0] for query in ends)
     if first is None or last - first < limit:  # the numbers have no gaps: only the oldest are ever deleted
         return
     kept = last - limit + 1
@@ -240,19 +242,24 @@ def _trim(db: Connection, row: int, limit: int) -> None:
     db.execute("DELETE FROM messages WHERE session = ? AND seq < ?", (row, kept if turn is None else turn))
 
 
-def _list(db: Connection, limit: int | None, agents: Collection[str] | None) -> Dicts:
+def _list(
+    db: Connection, limit: int | None, agents: Collection[str] | None, since: int, keep: Callable[[Dict], bool] | None
+) -> Dicts:
     listed: Dicts = []
     columns = "key, agent, updated_at, session_id, input_tokens, output_tokens, model, extra"
-    of = "" if agents is None else f"WHERE agent IN ({', '.join('?' * len(agents))})"
-    query = f"SELECT {columns} FROM sessions {of} ORDER BY updated_at DESC, id DESC LIMIT ?"  # noqa: S608
-    for key, agent, updated_at, session_id, input_tokens, output_tokens, model, extra in db.execute(
-        query, (*(agents or ()), -1 if limit is None else limit)
-    ):
-        entry: Dict = json.loads(extra)
-        entry |= {"key": key, "agentId": agent, "kind": "direct", "updatedAt": updated_at, "sessionId": session_id}
-        entry |= {"inputTokens": input_tokens, "outputTokens": output_tokens}
-        entry |= {"totalTokens": input_tokens + output_tokens, "model": model}
-        listed.append(entry)
+    of = "" if agents is None else f"AND agent IN ({', '.join('?' * len(agents))})"
+    query = f"SELECT {columns} FROM sessions WHERE updated_at >= ? {of} ORDER BY updated_at DESC, id DESC LIMIT ?"  # noqa: S608
+    rows = db.execute(query, (since, *(agents or ()), -1 if limit is None or keep is not None else limit))
+    with closing(rows):  # a query left half-way would keep the log from being moved into the database
+        for key, agent, updated_at, session_id, input_tokens, output_tokens, model, extra in rows:
+            if len(listed) == limit:
+                break
+            entry: Dict = json.loads(extra)
+            entry |= {"key": key, "agentId": agent, "kind": "direct", "updatedAt": updated_at, "sessionId": session_id}
+            entry |= {"inputTokens": input_tokens, "outputTokens": output_tokens}
+            entry |= {"totalTokens": input_tokens + output_tokens, "model": model}
+            if keep is None or keep(entry):
+                listed.append(entry)
     return listed
 
 
@@ -394,19 +401,27 @@ class Store:
         `session_id` is taken if the session is new, else it keeps its own. `usage` has OpenAI's names and is added up.
         """
         tokens = (_tokens(usage, "prompt_tokens"), _tokens(usage, "completion_tokens"))
+        newest = messages[-self._max_messages - 1 :]  # one more than stay, so that `_trim` looks for a turn's beginning
 
         def job(db: Connection) -> None:
             row, _ = _ensure(db, agent, key, session_id)
-            _append(
-                db, row, model, tokens, [(str(message.get("role", "")), json.dumps(message)) for message in messages]
-            )
+            _append(db, row, model, tokens, [(str(message.get("role", "")), json.dumps(message)) for message in newest])
             _trim(db, row, self._max_messages)
 
         await self._change(job)
 
-    async def list(self, limit: int | None = None, agents: Collection[str] | None = None) -> Dicts:
-        """The sessions (of these agents only), newest first: the fields of sessions.list and those of `patch`."""
-        return await self._run(lambda db: _list(db, limit, agents))
+    async def list(
+        self,
+        limit: int | None = None,
+        agents: Collection[str] | None = None,
+        since: int = 0,
+        keep: Callable[[Dict], bool] | None = None,
+    ) -> Dicts:
+        """The sessions (of these agents only), newest first: the fields of sessions.list and those of `patch`.
+
+        Only those that have changed since `since` (ms) and that `keep`, called in the store's thread, wants.
+        """
+        return await self._run(lambda db: _list(db, limit, agents, since, keep))
 
     async def counts(self) -> dict[str, int]:
         """The number of sessions of each agent that has one."""

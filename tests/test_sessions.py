@@ -188,8 +188,64 @@ def test_list_is_newest_first_with_totals(monkeypatch: pytest.MonkeyPatch) -> No
         assert [entry["key"] for entry in await store.list(None, {"a"})] == ["3", "1"]
         assert [entry["key"] for entry in await store.list(1, ["a"])] == ["3"]
         assert await store.list(5, ()) == []
+        assert [entry["key"] for entry in await store.list(2, ["b", "a"])] == ["2", "3"]
+        assert [entry["key"] for entry in await store.list(None, {"a", "b"}, listed[1]["updatedAt"])] == ["2", "3"]
+        assert [entry["key"] for entry in await store.list(1, None, 0, lambda entry: entry["key"] != "2")] == ["3"]
+        await store.reset("b", "2")  # after a list that was not read to its end
 
     using(Store(":memory:", 200), work)
+
+
+def steps(messages: int, rows: int, max_messages: int, job: Callable[[Store], Awaitable[object]]) -> int:
+    """How many of its instructions SQLite takes for `job`, beside a session of `messages`, and `rows` sessions."""
+    count = 0
+
+    def step() -> None:
+        nonlocal count
+        count += 1
+
+    async def work(store: Store) -> None:
+        for n in range(rows):
+            await store.append("ab"[n % 2], str(n), f"s{n}", turn(n), model="", usage={})
+        await add(store, turn(0) * (messages // 2))
+        await store._run(lambda db: db.set_progress_handler(step, 1))
+        await job(store)
+
+    using(Store(":memory:", max_messages), work)
+    return count
+
+
+JOBS: dict[str, Callable[[Store], Awaitable[object]]] = {
+    "load": lambda store: store.load("main", KEY),
+    "append": lambda store: add(store, turn(1)),
+    "find": lambda store: store.find("s1"),
+    "recent": lambda store: store.list(5),
+    "recent of two agents": lambda store: store.list(5, ["a", "b"]),
+    "since": lambda store: store.list(None, ["a", "b"], 2**53),
+    "searched": lambda store: store.list(2, ["a"], 0, lambda entry: int(entry["key"]) % 4 == 0),
+    "history": lambda store: store.history("main", KEY, 10),
+    "patch": lambda store: store.patch("main", KEY, {"label": "L"}),
+    "reset": lambda store: store.reset("a", "0"),
+    "delete": lambda store: store.delete("a", "0"),
+}
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_a_job_takes_as_many_steps_whatever_the_store_holds(name: str) -> None:
+    few, many = (steps(20, rows, 20, JOBS[name]) for rows in (12, 1200))
+    assert many <= few + 4  # where a row lies decides whether it is looked for or simply the next
+
+
+@pytest.mark.parametrize("name", ["append", "history", "patch"])
+def test_a_job_takes_as_many_steps_whatever_its_session_holds(name: str) -> None:
+    few, many = (steps(messages, 1, 10_000, JOBS[name]) for messages in (20, 5000))
+    assert many <= few + 4
+
+
+def test_of_a_turn_that_is_longer_than_the_limit_only_its_end_is_written() -> None:
+    assert steps(2, 1, 10, lambda store: add(store, turn(1) * 50)) == steps(
+        2, 1, 10, lambda store: add(store, turn(1) * 5000)
+    )
 
 
 def test_history() -> None:
