@@ -26,6 +26,7 @@ MAX_MESSAGE = 512 * 1024  # bytes in one message; the family's gateways announce
 MAX_BUFFERED = 3 * MAX_MESSAGE  # bytes a slow reader may leave with us; the family's, too
 CLOSE_SECONDS = 5.0  # how long a peer may take to answer our close; the `websockets` package takes 10
 CHUNK = 64 * 1024  # bytes taken from the stream at once; asyncio's own default limit
+AT_ONCE = 64  # frames read before the loop turns to the others: a millisecond or so of it, where each is a request
 
 _GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
 _KEY = re.compile(r"[A-Za-z0-9+/]{22}==")  # base64 (RFC 4648) of 16 bytes
@@ -242,6 +243,7 @@ class WebSocket:
         self.on_activity = on_activity
         self._room = max_buffered  # with what a single large message of ours takes
         self._unread = bytearray()
+        self._frames = 0  # read so far
         self._dropper: asyncio.TimerHandle | None = None
 
     @property
@@ -390,6 +392,9 @@ class WebSocket:
 
     async def _read_header(self) -> tuple[int, int, bytes | None]:
         """The first byte, the payload's size and the mask of the next frame (5.2)."""
+        self._frames += 1
+        if self._frames % AT_ONCE == 0:  # what is there already is read without a wait
+            await asyncio.sleep(0)
         unread = self._unread
         if len(unread) < 2:
             await self._fill(2)

@@ -622,6 +622,26 @@ def test_chunk_is_what_read_body_takes() -> None:
     assert http1.chunk(b"x" * 26) == b"1a\r\n" + b"x" * 26 + b"\r\n"
 
 
+def test_a_body_of_many_chunks_lets_the_others_have_their_turn() -> None:
+    turns = 0
+
+    async def others() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    async def main() -> None:
+        reader = asyncio.StreamReader(limit=http1.MAX_HEAD)
+        reader.feed_data(http1.chunk(b"a") * 10_000 + http1.LAST_CHUNK)
+        task = asyncio.create_task(others())
+        assert await http1.read_body(reader, None, 1 << 20) == b"a" * 10_000
+        task.cancel()
+
+    asyncio.run(main())
+    assert turns >= 10_000 // http1.CHUNKS_AT_ONCE
+
+
 def moments() -> Iterator[float]:
     yield from range(0, 4 * 365 * 86400, 86400 * 13 + 3607)  # 1970 to 1973
     yield from (951782399, 951782400, 951868800, 1709164800, 4107542399, 4107542400, 253402300799)  # leap days, ends

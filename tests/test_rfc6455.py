@@ -616,6 +616,25 @@ def test_pings_without_reading_fill_no_memory() -> None:
     run(flood)
 
 
+@pytest.mark.parametrize(
+    "frame",
+    [encode(PING, b"", mask=MASK), encode(CONTINUATION, b"a", fin=False, mask=MASK), encode(TEXT, b"a", mask=MASK)],
+)
+def test_many_frames_at_once_let_the_others_have_their_turn(frame: bytes) -> None:
+    async def flood() -> None:
+        line = Line()
+        first = encode(TEXT, b"a", fin=False, mask=MASK) if frame[0] == CONTINUATION else b""
+        line.protocol.data_received(first + frame * 1000 + encode(CLOSE, b"", mask=MASK))
+        turns = 0
+        while line.websocket.close_code is None:
+            turns += 1
+            await asyncio.sleep(0)
+        assert turns >= 1000 // rfc6455.AT_ONCE
+        await line.end()
+
+    run(flood)
+
+
 def test_peer_that_never_answers_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rfc6455, "CLOSE_SECONDS", 0.05)
 
