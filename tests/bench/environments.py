@@ -43,6 +43,8 @@ def missing(name: str) -> str:
         return "" if node() else "there is no node here"
     if name == "portkey":
         return "" if node() and (PORTKEY / "node_modules").exists() else "it is not installed: make bench-setup"
+    if name == "copepod[fast]" and not next((VENVS / name / "lib").glob("python*/site-packages/uvloop"), None):
+        return "uvloop is not installed"
     return "" if python_of(name).exists() else "it is not installed: make bench-setup"
 
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 from xml.sax.saxutils import escape
 
 WIDTH, LEFT, RIGHT = 760, 250, 120  # pixels: the picture, the names, the figures
-ROW, GAP, HEAD = 24, 20, 34
+ROW, GAP, HEAD = 24, 26, 34
 STYLE = """\
 .paper { fill: #ffffff } text { fill: #1f2328; font: 13px sans-serif } .head { font-weight: bold }
 .ours { fill: #0969da } .less { fill: #9a6700 } .line { stroke: #59636e } .spread { stroke: #1f2328; stroke-width: 1.5 }
@@ -38,6 +38,7 @@ def draw(title: str, panels: list[Panel]) -> str:
         lines += [line for n, bar in enumerate(panel.bars) for line in draw_bar(bar, y + n * ROW, scale)]
         bottom = y + len(panel.bars) * ROW
         one = LEFT + scale
+        lines.append(f'<text x="{one:.1f}" y="{bottom + 14}" text-anchor="middle">1</text>')
         lines.append(
             f'<line class="line" x1="{one:.1f}" y1="{y - 4}" x2="{one:.1f}" y2="{bottom}" stroke-dasharray="3 3"/>'
         )

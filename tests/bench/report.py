@@ -40,6 +40,8 @@ class Ratio(NamedTuple):
     high: float
 
     def __str__(self) -> str:
+        if self == (1, 1, 1):
+            return "1"
         return f"{number(self.median)} ({number(self.low)} to {number(self.high)})"
 
 
@@ -262,13 +264,11 @@ def text(files: list[Path]) -> str:
     """Return the page, up to what is written by hand."""
     runs = [json.loads(file.read_text()) for file in files]
     last = runs[-1]["about"]
-    turns = last["plan"]["turns"]
-    dates = ", ".join(run["about"]["date"][:10] for run in runs[-1:])
-    where = f"{last['cores']} cores"
+    count = f"{len(runs)} {'runs' if len(runs) > 1 else 'run'} of `make bench`"
     node = f", node {last['node'].removeprefix('v')}" if last["node"] else ""
     parts = [
         "# Performance\n",
-        f"{len(runs)} runs of `make bench`, {turns} turns each, {dates}: {where}, Python {last['python']}{node}.",
+        f"{count} on {last['cores']} cores, Python {last['python']}{node}, {last['date'][:10]}.",
         "Only ratios mean something: another machine has other figures.\n",
         "![Copepod's rates as multiples of its peers'](performance.svg)\n",
         "## The goals, and each run\n\nA floor is the least that may land, a moonshot is the next thing to try.\n",
