@@ -48,7 +48,7 @@ bench:  ## speed and size against the peers: eleven minutes; ARGS=--quick takes 
 bench-page:  ## docs/performance.md of all results that are there
 	$(PYTHON) tests/bench/report.py $(ARGS)
 
-bench-guard:  ## has the gateway become much slower? A quarter of a minute
+bench-guard:  ## has the gateway become much slower? Ten seconds
 	@$(PYTHON) tests/bench/guard.py
 
 bench-websocket: $(if $(filter $(own),$(DEV)),$(VENV)/dev)  ## WebSocket frames against websockets and aiohttp

@@ -56,8 +56,8 @@ def command(name: str, port: int, upstream: str) -> list[str]:
     if name == "node":
         return [environments.node() or "node", str(PEERS / "node.js"), number]
     if name == "litellm":
-        config = str(PEERS / "litellm.yaml")
-        return [f"{here}/litellm", "--config", config, "--host", "127.0.0.1", "--port", number, "--num_workers", "1"]
+        models = str(PEERS / "litellm.yaml")
+        return [f"{here}/litellm", "--config", models, "--host", "127.0.0.1", "--port", number, "--num_workers", "1"]
     if name == "portkey":
         script = environments.PORTKEY / "node_modules" / "@portkey-ai" / "gateway" / "build" / "start-server.js"
         return [environments.node() or "node", str(script), f"--port={number}", "--headless"]
