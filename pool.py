@@ -58,6 +58,8 @@ class Pool(Generic[Answer]):
         origin, data = self._form(method, url, fields, body)
         link = await self._connect(origin)
         try:
+            if link.writer.is_closing():  # lost since; asyncio would drop what is written, uvloop raise RuntimeError
+                raise ConnectionResetError("the connection was lost before the request")
             link.writer.write(data)
             await link.writer.drain()
             return await self._read(link.reader, method, lambda reusable: self._release(link, reusable))
