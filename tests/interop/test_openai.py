@@ -3,28 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import closing
 from typing import Any
 
 import pytest
 
-import gateway
+from served import BOUND, TOKEN, endless, left, served, words
 
 openai = pytest.importorskip("openai")
 
-TOKEN = "a-token"  # noqa: S105
-BOUND = 20  # seconds
 HELLO: Any = [{"role": "user", "content": "one two three"}]
-
-left = threading.Event()  # the endless agent was ended
-
-
-async def words(message: str) -> AsyncIterator[str | dict[str, Any]]:
-    for word in message.split():
-        yield f"{word} "
-    yield {"usage": {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7}}
 
 
 async def breaks(message: str) -> AsyncIterator[str]:
@@ -37,45 +26,13 @@ async def fails(message: str) -> AsyncIterator[str]:
     yield ""
 
 
-async def endless(message: str) -> AsyncIterator[str]:
-    try:
-        while True:
-            yield "more "
-            await asyncio.sleep(0.001)
-    finally:
-        left.set()
+AGENTS = {"main": words, "breaks": breaks, "fails": fails, "endless": endless}
 
 
 @pytest.fixture
 def url() -> Iterator[str]:
-    """The address of a gateway that runs in a thread of its own."""
-    config = {
-        "gateway": {
-            "port": 0,
-            "auth": {"mode": "token", "token": TOKEN},
-            "http": {"endpoints": {"chatCompletions": {"enabled": True}}},
-        }
-    }
-    agents = {"main": words, "breaks": breaks, "fails": fails, "endless": endless}
-    ready = threading.Event()
-    seen: list[Any] = []
-
-    async def serve() -> None:
-        done = asyncio.Event()
-        async with gateway.Gateway(config, agents=agents) as hub:
-            seen.extend([f"{hub.url}/v1", asyncio.get_running_loop(), done])
-            ready.set()
-            await done.wait()
-
-    thread = threading.Thread(target=asyncio.run, args=(serve(),))
-    thread.start()
-    try:
-        assert ready.wait(BOUND)
-        yield seen[0]
-    finally:
-        seen[1].call_soon_threadsafe(seen[2].set)
-        thread.join(BOUND)
-    assert not thread.is_alive()
+    with served(AGENTS) as hub:
+        yield f"{hub.url}/v1"
 
 
 @pytest.fixture
@@ -162,9 +119,7 @@ def test_a_failure_amid_a_stream_is_raised(client: Any) -> None:
 
 
 def test_the_models(client: Any) -> None:
-    assert [model.id for model in client.models.list()] == [
-        f"copepod:{name}" for name in ("main", "breaks", "fails", "endless")
-    ]
+    assert [model.id for model in client.models.list()] == [f"copepod:{agent}" for agent in AGENTS]
     model = client.models.retrieve("copepod:main")
     assert (model.id, model.object, model.owned_by) == ("copepod:main", "model", "copepod")
     with pytest.raises(openai.NotFoundError):
@@ -172,7 +127,6 @@ def test_the_models(client: Any) -> None:
 
 
 def test_a_client_that_leaves_a_stream_gets_its_next_answer(client: Any) -> None:
-    left.clear()
     stream = client.chat.completions.create(model="copepod:endless", messages=HELLO, stream=True)
     with closing(stream):
         next(iter(stream))
@@ -188,7 +142,6 @@ def test_the_client_for_asyncio(url: str) -> None:
             assert {answer.choices[0].message.content for answer in answers} == {"one two three "}
             stream = await create(model="copepod:main", messages=HELLO, stream=True)
             assert list(texts([chunk async for chunk in stream])) == ["one ", "two ", "three "]
-            left.clear()
             async with await create(model="copepod:endless", messages=HELLO, stream=True) as stream:
                 await anext(aiter(stream))
             assert await asyncio.to_thread(left.wait, BOUND)

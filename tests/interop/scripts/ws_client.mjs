@@ -1,5 +1,5 @@
 // A client of the gateway protocol: `ws_client.mjs KIND URL TOKEN MILLISECONDS`; prints what it has seen, as JSON.
-// KIND is `ws` (the package, beside this file) or `built in`; for so long the client only answers pings.
+// KIND is `ws` (the package, of the folder that it runs in) or `built in`; for so long the client only answers pings.
 
 const [kind, url, token, milliseconds] = process.argv.slice(2);
 const Socket = kind === "ws" ? (await import("ws")).WebSocket : WebSocket;
