@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +17,7 @@ import environments
 from served import AGENTS, TOKEN, served
 
 SCRIPTS = Path(__file__).with_name("scripts")
+SETTINGS = Path(__file__).resolve().parents[2] / "docs" / "client-settings.md"
 BOUND = 120  # seconds for all that a script does; the first import after an install compiles
 
 SEEN: dict[str, Any] = {
@@ -116,3 +119,21 @@ def test_openai_for_node(url: str) -> None:
         "aborted": "it ended",
         "models": [f"copepod:{agent}" for agent in AGENTS],
     }
+
+
+def test_curl(url: str) -> None:
+    """The lines of docs/client-settings.md, as they stand there."""
+    if shutil.which("curl") is None:
+        pytest.skip("curl is not here")
+    (lines,) = re.findall(r"^    (curl .+(?:\n      .+)+)", SETTINGS.read_text(encoding="utf-8"), re.MULTILINE)
+    script, environ = lines.replace("http://127.0.0.1:18789/v1", url), {"PATH": os.environ["PATH"], "NO_PROXY": "*"}
+    for token, seen in ((TOKEN, r'"content":"hi "(.|\n)*data: \[DONE\]'), ("wrong", '"code": "invalid_api_key"')):
+        done = subprocess.run(
+            ["/bin/sh", "-c", script],
+            env={**environ, "COPEPOD_GATEWAY_TOKEN": token},
+            capture_output=True,
+            text=True,
+            timeout=BOUND,
+            check=True,
+        )
+        assert re.search(seen, done.stdout)

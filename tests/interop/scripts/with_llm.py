@@ -1,20 +1,25 @@
-"""The command `llm`: `with_llm.py URL TOKEN` runs it as a person would and prints what was seen, as JSON."""
+"""The command `llm`, as docs/client-settings.md sets it up: `with_llm.py URL TOKEN` prints what was seen, as JSON."""
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 url, token = sys.argv[1:]
 command = Path(sys.executable).with_name("llm")
-home = Path(os.environ["LLM_USER_PATH"])
-entries = [
-    {"model_id": agent, "model_name": f"copepod:{agent}", "api_base": url, "api_key_name": "copepod"}
-    for agent in ("main", "nobody", "endless", "ended")
-]
-(home / "extra-openai-models.yaml").write_text(json.dumps(entries))  # JSON is YAML
+page = Path(__file__).resolve().parents[3] / "docs" / "client-settings.md"
+(entry,) = re.findall(r"^    - model_id: copepod\n(?:    .+\n)+", page.read_text(), re.MULTILINE)
+entry = textwrap.dedent(entry).replace("http://127.0.0.1:18789/v1", url)
+Path(os.environ["LLM_USER_PATH"], "extra-openai-models.yaml").write_text(
+    "".join(
+        entry.replace("model_id: copepod", f"model_id: {agent}").replace("copepod:main", f"copepod:{agent}")
+        for agent in ("main", "nobody", "endless", "ended")
+    )
+)
 
 
 def run(*argv):
