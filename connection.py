@@ -165,8 +165,9 @@ class Connection(asyncio.StreamReaderProtocol):
 
     def _see(self) -> None:
         """Go on reading: a StreamReader that has paused its transport would be blind to the client's end."""
-        self.reader._paused = False  # type: ignore[attr-defined]  # else it would never pause again
-        self.transport.resume_reading()
+        if self.reader._paused:  # type: ignore[attr-defined]
+            self.reader._paused = False  # type: ignore[attr-defined]  # else it would never pause again
+            self.transport.resume_reading()
 
     def _leave_soon(self) -> None:
         if self._leaving is None:

@@ -132,17 +132,19 @@ class Stream:
         if self._chunked:
             events = x.wire.chunk(events) + x.wire.LAST_CHUNK if last else x.wire.chunk(events)
         moment = now()
-        self._room -= len(events)
-        if not last and moment < self._moment + JOIN_SECONDS and self._room > 0:
+        if not last and moment < self._moment + JOIN_SECONDS and len(events) < self._room:
             if not self._joined:
                 x.connection.soon(self._flush)
             self._joined.append(events)
+            self._room -= len(events)
             return bool(x.connection.full)
+        self._moment = moment
+        if x.status and not self._joined:
+            return bool(x.connection.write(events))
         if not x.status:
             x.close |= not self._chunked  # RFC 9112 6.3: in HTTP/1.0 the end of the connection ends the body
             self._joined.append(x.head(200, (*STREAM, ("Transfer-Encoding", "chunked")) if self._chunked else STREAM))
         self._joined.append(events)
-        self._moment = moment
         return self._flush()
 
     def _flush(self) -> bool:

@@ -12,7 +12,7 @@ with instrumented():
 
 def target(data: bytes) -> None:
     assert any_split(lambda pieces: answer(pieces, events=True), data, [len(data) % 40 + 2])[-1] != ""
-    http1.parse_field.cache_clear()
+    http1._remembered.clear()
 
 
 if __name__ == "__main__":
