@@ -63,6 +63,7 @@ class Connection(asyncio.StreamReaderProtocol):
         self._loop_ = asyncio.get_running_loop()
         self.reader = asyncio.StreamReader(limit, self._loop_)
         super().__init__(self.reader, loop=self._loop_)
+        self._drain_waiters: list[Any] = []  # asyncio's deque takes 700 bytes, also of an idle connection
         self.deadline = now() + first_seconds
         self.gone = False  # the client has left: nobody reads an answer
         self.expired = False  # the deadline has cancelled the task that serves
