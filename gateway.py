@@ -28,6 +28,7 @@ if TYPE_CHECKING or not __package__:  # a checkout: the files lie beside this on
     import jobs
     import pool
     import providers
+    import python_agents
     import remote
     import reports
     import rfc6455
@@ -52,6 +53,7 @@ else:  # installed or vendored: they are modules of this package
         jobs,
         pool,
         providers,
+        python_agents,
         remote,
         reports,
         rfc6455,
@@ -105,7 +107,7 @@ class House:
         self.providers: dict[str, list[tuple[str, str, runs.Provider]]] = {}
         for agent in config.agents.values():
             if agent.id in agents:
-                self.providers[agent.id] = [("python", "", providers.python_function(agents[agent.id]))]
+                self.providers[agent.id] = [("python", "", python_agents.python_function(agents[agent.id]))]
                 continue
             self.providers[agent.id] = []
             for model in agent.models:
@@ -121,7 +123,7 @@ class House:
         options = provider.options
         try:
             if provider.api == "python":
-                return providers.python_entry(options["entry"], options["folder"], _module_files())
+                return python_agents.python_entry(options["entry"], options["folder"], _module_files())
         except ValueError as e:
             raise ConfigError([f"models.providers.{name}.entry: {e}"]) from e
         if provider.api == "command":
@@ -237,7 +239,7 @@ class Gateway:
     """A gateway of one configuration, for `async with`: it listens inside, on `port` (the real one).
 
     `config` is a Config, a dict of the file's shape, or None for the built-in default; `agents` maps ids to functions
-    (see providers.python_function) that answer instead of a model. ConfigError: something is wrong with either.
+    (see python_agents.python_function) that answer instead of a model. ConfigError: something is wrong with either.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Where an agent's words come from: the echo, a Python function, or an OpenAI-compatible server."""
+"""Where an agent's words come from: the echo, or an OpenAI-compatible server."""
 
 from __future__ import annotations
 
@@ -6,17 +6,13 @@ import asyncio
 import errno
 import json
 import logging
-import os
 import re
-import sys
-import threading
-from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Collection, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
 from typing import Any, Protocol, TypeVar
 
 ECHO_SLICE = 256  # words between two turns of the loop: about a tenth of a millisecond
-THREADS = 256  # of one agent, those that a cancelled run left behind included: a thread cannot be ended
-AHEAD = 16  # items a thread may be ahead of their reader
+WORDS_AT_ONCE = 64  # of a model server, between two turns of the loop: about half a millisecond
 MAX_ANSWER = 8 * 1024 * 1024  # bytes of an answer that is not streamed
 MAX_TOOL = 256 * 1024  # characters of a tool event as JSON
 MIN_SECRET = 8  # characters of a header's word that is masked in what a server says; shorter ones are in many texts
@@ -106,83 +102,7 @@ def echo() -> Provider:
     return provider
 
 
-# A Python function
-
-
-def python_entry(entry: str, folder: str, reserved: Collection[str]) -> Provider:
-    """The provider for `module:function`, looked for in `folder` first; ValueError says what is wrong with it.
-
-    `reserved`: the files of the gateway's own modules, which come first in a bare checkout.
-    """
-    import importlib
-
-    name, _, attribute = entry.partition(":")
-    if not name or not attribute:
-        raise ValueError(f'"{entry}" must have the form module:function')
-    sys.path.insert(0, folder)  # first for the import, then last, for what the agent itself imports later
-    try:
-        top = importlib.import_module(name.partition(".")[0])
-        file = os.path.realpath(getattr(top, "__file__", None) or "")
-        shadowed = file in map(os.path.realpath, reserved) and os.path.dirname(file) != os.path.realpath(folder)
-        module = top if shadowed else importlib.import_module(name)
-    except Exception as error:
-        if isinstance(error, ModuleNotFoundError) and error.name and (name + ".").startswith(error.name + "."):
-            raise ValueError(f'there is no module "{error.name}"') from None
-        raise ValueError(f'importing "{name}" failed: {type(error).__name__}: {error}') from error
-    finally:
-        sys.path.remove(folder)
-        if folder not in sys.path:
-            sys.path.append(folder)
-    if shadowed:
-        raise ValueError(f'"{top.__name__}" is shadowed by a module of the gateway; give yours another name')
-    function: Any = module
-    try:
-        for part in attribute.split("."):
-            function = getattr(function, part)
-    except AttributeError:
-        raise ValueError(f'the module "{name}" has no "{attribute}"') from None
-    return python_function(function)
-
-
-def python_function(function: Callable[..., object]) -> Provider:
-    """The provider that calls `function` with `(message)` or `(message, turn)`; ValueError when it takes neither.
-
-    It gives text, or the dicts of `checked`: all at once or one after the other, async or not. What is not async
-    runs in a thread of its own, so that it may block.
-    """
-    import inspect
-
-    if not callable(function):
-        raise ValueError(f"a {type(function).__name__} is no function")
-    with_turn = takes_turn(function)
-    # A wrapper of an async function is no async function itself; an object may have an async __call__.
-    targets = (inspect.unwrap(function), type(function).__call__)
-    is_async = any(inspect.isasyncgenfunction(each) or inspect.iscoroutinefunction(each) for each in targets)
-    slots = threading.BoundedSemaphore(THREADS)
-
-    def provider(turn: Turn) -> AsyncIterator[Any]:
-        arguments = (turn["message"], turn) if with_turn else (turn["message"],)
-        if not is_async:
-            return in_thread(lambda: function(*arguments), slots)
-        result: Any = function(*arguments)
-        return result if hasattr(result, "__anext__") else unfold(result, slots)
-
-    return provider
-
-
-def takes_turn(function: Callable[..., object]) -> bool:
-    """Whether the function takes `(message, turn)`; ValueError when it does not take `(message)` either."""
-    import inspect
-
-    try:
-        signature = inspect.signature(function)
-    except (TypeError, ValueError):  # some builtins tell none
-        return False
-    for count in (2, 1):
-        with suppress(TypeError):
-            signature.bind(*[""] * count)
-            return count == 2
-    raise ValueError("the function must take (message) or (message, turn)")
+# What a provider gives
 
 
 def checked(item: object) -> Item | None:
@@ -204,78 +124,6 @@ def fits(tool: dict[str, Any]) -> bool:
         return len(json.dumps(tool, allow_nan=False)) <= MAX_TOOL
     except (TypeError, ValueError, RecursionError, RuntimeError):  # the last: it is changed by a thread meanwhile
         return False
-
-
-def listed(result: object) -> Iterable[object]:
-    """What a function gave back as items: text, a dict and what is of no use are one, None is none."""
-    if isinstance(result, Iterable) and not isinstance(result, str | bytes | dict):
-        return result
-    return () if result is None else (result,)
-
-
-async def unfold(result: object, slots: threading.BoundedSemaphore) -> AsyncIterator[object]:
-    """The items of what an async function gave back."""
-    if isinstance(result, Awaitable):
-        result = await result
-    if isinstance(result, AsyncIterable):
-        items = aiter(result)
-    elif isinstance(result, Iterable) and not isinstance(result, str | bytes | dict | list | tuple):
-        items = in_thread(lambda: result, slots)  # its next item may block
-    else:
-        for item in listed(result):
-            yield item
-        return
-    try:
-        async for item in items:
-            yield item
-    finally:
-        await close(items)
-
-
-async def in_thread(call: Callable[[], object], slots: threading.BoundedSemaphore) -> AsyncIterator[object]:
-    """The items of what `call` gives back, all fetched in one thread, which ends at its next item when we do.
-
-    Not the loop's own pool: that has a handful of threads, which agents that hang would use up, and an exit waits
-    for them.
-    """
-    if not slots.acquire(blocking=False):
-        raise ProviderError("overloaded", "the agent is busy")
-    loop = asyncio.get_running_loop()
-    arrived: asyncio.Queue[tuple[object, BaseException | None] | None] = asyncio.Queue()
-    room = threading.Semaphore(AHEAD)
-    over = False
-
-    def post(entry: tuple[object, BaseException | None] | None) -> None:
-        with suppress(RuntimeError):  # the loop is closed: nobody waits
-            loop.call_soon_threadsafe(arrived.put_nowait, entry)
-
-    def work() -> None:
-        try:
-            items = iter(listed(call()))
-            for item in items:
-                post((item, None))
-                room.acquire()
-                if over:
-                    break
-            if hasattr(items, "close"):
-                items.close()
-            post(None)
-        except BaseException as error:  # also SystemExit: it is the agent that fails, not the gateway
-            post((None, error))
-        finally:
-            slots.release()
-
-    threading.Thread(target=work, name="copepod-agent", daemon=True).start()
-    try:
-        while entry := await arrived.get():
-            item, error = entry
-            if error is not None:
-                raise error
-            room.release()
-            yield item
-    finally:
-        over = True
-        room.release()
 
 
 async def close(items: AsyncIterator[Any] | None) -> None:
@@ -316,13 +164,16 @@ def openai_completions(options: dict[str, Any], request: Request) -> Provider:
             else:
                 if deadline is not None:  # one timer for all of them, and closing it ends its events
                     timer = loop.call_at(deadline, response.close)
-                events = response.events()
+                events, count = response.events(), 0
                 async for data in events:
                     if data == "[DONE]":
                         answer.done = True
                         break
                     if text := answer.word(data):
                         yield text
+                    count += 1
+                    if count % WORDS_AT_ONCE == 0:
+                        await asyncio.sleep(0)  # of what came at once, the others shall not pay
                 if not answer.done and deadline is not None and loop.time() >= deadline:
                     raise TimeoutError
             for item in answer.end():

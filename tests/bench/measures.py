@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import contract
-import environments
 from servers import CORES, LOADER, Server
+
+import environments
 
 WARM = 0.2  # seconds of a load before it is measured
 IDLE = 1000  # connections, of which each has had an answer

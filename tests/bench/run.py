@@ -22,12 +22,13 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import contract
-import environments
 import measures
 import report
 import servers
-from environments import ROOT, VENVS, say
 from servers import Server
+
+import environments
+from environments import ROOT, VENVS, say
 
 SERVERS = (
     *environments.OWN,

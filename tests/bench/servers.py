@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import contract
+
 import environments
 from environments import HERE
 
