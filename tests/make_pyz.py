@@ -1,6 +1,7 @@
 """Build the program as one file with all it needs but Python, the same bytes each time: `make_pyz.py FILE`.
 
-So that it is small, comments and docstrings are left out; each statement keeps its line, for tracebacks.
+So that it is small, the modules are one member of the zip, compressed as one, without comments and docstrings; each
+statement keeps its line, for tracebacks. `unzip -p copepod.pyz modules` shows them.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from pathlib import Path
 from zipfile import ZIP_DEFLATED, ZipFile, ZipInfo
 
 ROOT = Path(__file__).resolve().parent.parent
-MAIN = b"import sys\n\nfrom copepod.gateway import main\n\nsys.exit(main())\n"
 JSON5_PROGRAM = {"__main__.py", "tool.py"}  # its command line is not ours
 
 
@@ -37,17 +37,25 @@ def bare(source: bytes) -> bytes:
     return "\n".join(lines).encode()
 
 
-def contents() -> dict[str, bytes]:
-    """What is in the file, by name; a folder ends in `/` (without its entry, an import would not see `copepod`)."""
-    files = {"__main__.py": MAIN, "copepod/": b"", "json5/": b""}
-    files |= {f"copepod/{path.name}": bare(path.read_bytes()) for path in ROOT.glob("*.py")}
-    files["copepod/LICENSE"] = (ROOT / "LICENSE").read_bytes()
+def sources() -> dict[str, bytes]:
+    """The modules as they are here, ours and those of json5, by their path."""
+    files = {f"copepod/{path.name}": path.read_bytes() for path in ROOT.glob("*.py")}
     for path in distribution("json5").files or []:
         if path.suffix == ".py" and path.parts[0] == "json5" and path.name not in JSON5_PROGRAM:
-            files[str(path)] = bare(path.read_binary())
-        elif path.name == "LICENSE":
-            files["json5/LICENSE"] = path.read_binary()
+            files[str(path)] = path.read_binary()
     return files
+
+
+def contents() -> dict[str, bytes]:
+    """What is in the file, by name. In `modules`, each begins with a form feed, its path and a line feed."""
+    (json5_licence,) = (path for path in distribution("json5").files or [] if path.name == "LICENSE")
+    packed = [b"\f%s\n%s" % (name.encode(), bare(source)) for name, source in sorted(sources().items())]
+    return {
+        "__main__.py": (ROOT / "tests" / "pyz_main.py").read_bytes(),
+        "copepod/LICENSE": (ROOT / "LICENSE").read_bytes(),
+        "json5/LICENSE": json5_licence.read_binary(),
+        "modules": b"".join(packed),
+    }
 
 
 def build(target: Path) -> None:
@@ -55,10 +63,10 @@ def build(target: Path) -> None:
     with target.open("wb") as out:
         out.write(b"#!/usr/bin/env python3\n")
         with ZipFile(out, "w", ZIP_DEFLATED, compresslevel=9) as archive:
-            for name, data in sorted(contents().items()):
+            for name, data in contents().items():
                 entry = ZipInfo(name)  # its time is 1980
                 entry.compress_type = ZIP_DEFLATED
-                entry.external_attr = (0o40755 << 16 | 0x10) if name.endswith("/") else 0o100644 << 16
+                entry.external_attr = 0o100644 << 16
                 archive.writestr(entry, data, compresslevel=9)
     target.chmod(0o755)
 

@@ -96,7 +96,7 @@ def test_a_checkout_has_its_tests_collected(checkout: Path) -> None:
 def test_a_checkout_is_typed(checkout: Path) -> None:
     if find_spec("mypy") is None:
         pytest.skip("mypy is not here")
-    run(sys.executable, "-m", "mypy", "--strict", *sorted(MODULES), cwd=checkout)
+    run(sys.executable, "-m", "mypy", "--strict", *sorted(MODULES), "tests/pyz_main.py", cwd=checkout)
 
 
 # Installed
@@ -199,6 +199,15 @@ def pyz(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
+@pytest.fixture(scope="session")
+def packed(pyz: Path) -> dict[str, bytes]:
+    """The modules in the one file, by their path."""
+    with ZipFile(pyz) as archive:
+        first, *parts = archive.read("modules").split(b"\f")
+    assert not first
+    return {name.decode(): source for name, _, source in (part.partition(b"\n") for part in parts)}
+
+
 def alone(pyz: Path, *argv: str) -> Sequence[object]:
     """The one file by a Python that sees nothing but the standard library."""
     return (sys.executable, "-I", "-S", pyz, *argv)
@@ -236,23 +245,48 @@ def test_one_file_is_the_same_each_time(pyz: Path, tmp_path: Path) -> None:
     assert (tmp_path / "again.pyz").read_bytes() == pyz.read_bytes()
 
 
-def test_one_file_holds_the_modules_and_the_licences(pyz: Path) -> None:
+def test_one_file_uses_its_own_modules(pyz: Path, tmp_path: Path) -> None:
+    (tmp_path / "copepod").mkdir()
+    for name in ("json5.py", "copepod/gateway.py"):
+        (tmp_path / name).write_text("raise AssertionError", encoding="utf-8")
+    (tmp_path / "mine.json5").write_text("{ /* ours */ }", encoding="utf-8")
+    argv = (sys.executable, "-S", pyz, "config", "show", "--config", "mine.json5")
+    assert json.loads(run(*argv, cwd=tmp_path, HOME=str(tmp_path), PYTHONPATH=str(tmp_path)))
+
+
+def test_one_file_shows_its_lines_in_tracebacks(pyz: Path, tmp_path: Path) -> None:
+    config = {
+        "agents": {"list": [{"id": "main", "model": "mine/x"}]},
+        "models": {"providers": {"mine": {"api": "python", "entry": "stack:stack"}}},
+    }
+    code = "import traceback\n\nasync def stack(message):\n    return ''.join(traceback.format_stack())\n"
+    (tmp_path / "stack.py").write_text(code, encoding="utf-8")
+    (tmp_path / "mine.json5").write_text(json.dumps(config), encoding="utf-8")
+    argv = alone(pyz, "agent", "--local", "--message", "hello", "--config", "mine.json5")
+    shown = run(*argv, cwd=tmp_path, HOME=str(tmp_path))
+    frames = re.findall(rf'File "{re.escape(str(pyz))}/copepod/(\w+\.py)", line (\d+), in .*\n +(.+)', shown)
+    assert {"gateway.py", "cli.py", "python_agents.py"} <= {name for name, _, _ in frames}
+    for name, row, line in frames:
+        assert line in (ROOT / name).read_text(encoding="utf-8").splitlines()[int(row) - 1]
+
+
+def test_one_file_holds_the_modules_and_the_licences(pyz: Path, packed: dict[str, bytes]) -> None:
     with ZipFile(pyz) as archive:
-        names = set(archive.namelist())
+        assert set(archive.namelist()) == {"__main__.py", "modules", "copepod/LICENSE", "json5/LICENSE"}
+        assert archive.read("__main__.py") == (ROOT / "tests" / "pyz_main.py").read_bytes()
+        assert archive.read("copepod/LICENSE") == (ROOT / "LICENSE").read_bytes()
         assert b"Apache License" in archive.read("json5/LICENSE")
-    ours = {name.removeprefix("copepod/") for name in names if name.startswith("copepod/")}
-    assert ours == {"", "LICENSE", *MODULES}
-    assert {name for name in names if "/" not in name} == {"__main__.py"}
+    assert list(packed) == sorted(make_pyz.sources())
+    assert {name.removeprefix("copepod/") for name in packed if not name.startswith("json5/")} == MODULES
 
 
 def test_one_file_is_small(pyz: Path) -> None:
     assert pyz.stat().st_size < SMALL
 
 
-@pytest.mark.parametrize("name", sorted(MODULES))
-def test_one_file_does_the_same(name: str) -> None:
-    source = (ROOT / name).read_bytes()
-    assert statements(make_pyz.bare(source)) == statements(source)
+@pytest.mark.parametrize("name", sorted(make_pyz.sources()))
+def test_one_file_does_the_same(name: str, packed: dict[str, bytes]) -> None:
+    assert statements(packed[name]) == statements(make_pyz.sources()[name])
 
 
 def statements(source: bytes) -> list[tuple[int, str]]:
