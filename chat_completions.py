@@ -449,22 +449,22 @@ class EventStream:
     The first ones wait for the first word, so that a run that fails before it is answered with a real status.
     """
 
-    __slots__ = ("_begun", "_clock", "_include_usage", "_last", "_send", "_start", "_unsent", "_word")
+    __slots__ = ("_begun", "_clock", "_include_usage", "_last", "_send", "_start", "_unsent")
 
     def __init__(
         self,
         run_id: str,
-        call: ChatRequest,
+        model: str,
+        include_usage: bool,
         send: Callable[[bytes, bool], bool],
         unsent: Callable[[], int],
         clock: Callable[[], float],
     ) -> None:
-        self._send, self._unsent, self._clock, self._include_usage = send, unsent, clock, call.include_usage
+        self._send, self._unsent, self._clock, self._include_usage = send, unsent, clock, include_usage
         self._start = (
             f'data: {{"id":"{run_id}","object":"chat.completion.chunk","created":{int(time.time())},'
-            f'"model":{encode_basestring_ascii(call.model or DEFAULT_MODEL)},"choices":['
+            f'"model":{encode_basestring_ascii(model or DEFAULT_MODEL)},"choices":['
         )
-        self._word = self._start + '{"index":0,"delta":{"content":'
         self._begun = False
         self._last = clock()  # when something was sent
 
@@ -479,7 +479,8 @@ class EventStream:
     def take(self, kind: str, data: Any) -> bool:
         """Send what an event of the run is here, a word or that it has begun. True: the reader is slow."""
         if kind == "delta":  # ASCII, since some clients split lines at U+2028 and its like
-            return self._write(f'{self._word}{encode_basestring_ascii(data)}}},"finish_reason":null}}]}}\n\n'.encode())
+            delta = f'{{"index":0,"delta":{{"content":{encode_basestring_ascii(data)}}},"finish_reason":null}}]}}\n\n'
+            return self._write((self._start + delta).encode())
         return not self._begun and self._write(b"")
 
     def end(self, kind: str, data: Any, usage: Mapping[str, int]) -> bool:

@@ -83,7 +83,8 @@ class Exchange:
             self.close = True
             if status != 101:
                 self.fields.append(("Connection", "close"))
-        return self.wire.head(status, (*fields, *self.fields))
+        fields, self.fields = (*fields, *self.fields), []  # a stream may be long
+        return self.wire.head(status, fields)
 
     def send(self, status: int, body: bytes, fields: Iterable[tuple[str, str]] = ()) -> bool:
         """Answer with `body`, JSON, which is left out for HEAD. True: too much is unsent, drain first."""

@@ -585,29 +585,30 @@ class Gateway:
         try:
             ids = (f"chatcmpl_{uuid}", uuid)
             run = self.accept(house, target, call.message, call.messages, call.system, call.params, ids)
-            await (self._stream if call.stream else self._complete)(x, call, run)
+            if call.stream:
+                unsent = c.transport.get_write_buffer_size
+                stream = chat.EventStream(run.id, call.model, call.include_usage, Stream(x).send, unsent, now)
+                c.on_tick = stream.tick
+                kind, data = await self.runs.drive(run, stream.take, c.drain)
+                full = stream.end(kind, data, run.usage)
+            else:
+                kind, data = await self.runs.drive(run)
+                full = self._complete(x, call, run, kind, data)
+            if full:
+                await c.drain()
         except runs.RunError as e:
             raise chat.run_error(e.kind, str(e), e.retry_after, e.taken) from None
         finally:
             c.unwatch()
             c.on_tick = None
 
-    async def _complete(self, x: Exchange, call: chat.ChatRequest, run: runs.Run) -> None:
-        kind, data = await self.runs.drive(run)
+    def _complete(self, x: Exchange, call: chat.ChatRequest, run: runs.Run, kind: str, data: Any) -> bool:
+        """Answer with the run's whole outcome. True: too much is unsent. APIError: it failed."""
         if kind == "error":
             raise chat.run_error(**data)
         if run.lost:
             x.fields.append(("x-copepod-store", "failed"))
-        if x.send(200, chat.completion(run.id, call, "".join(run.answer), data, run.usage)):
-            await x.connection.drain()
-
-    async def _stream(self, x: Exchange, call: chat.ChatRequest, run: runs.Run) -> None:
-        c = x.connection
-        stream = chat.EventStream(run.id, call, Stream(x).send, c.transport.get_write_buffer_size, now)
-        c.on_tick = stream.tick
-        kind, data = await self.runs.drive(run, stream.take, c.drain)
-        if stream.end(kind, data, run.usage):
-            await c.drain()
+        return x.send(200, chat.completion(run.id, call, "".join(run.answer), data, run.usage))
 
     def accept(
         self,

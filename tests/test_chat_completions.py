@@ -639,7 +639,8 @@ class Output:
         self.sent: list[tuple[bytes, bool]] = []
         self.slow, self.now, self.unsent = slow, 100.0, 0
         call = parse(model=model, stream=True, stream_options={"include_usage": include_usage})
-        self.stream = EventStream(RUN_ID, call, self.send, lambda: self.unsent, lambda: self.now)
+        unsent, clock = lambda: self.unsent, lambda: self.now
+        self.stream = EventStream(RUN_ID, call.model, call.include_usage, self.send, unsent, clock)
 
     def send(self, data: bytes, last: bool) -> bool:
         self.sent.append((data, last))

@@ -20,7 +20,7 @@ import servers
 from servers import Server
 
 # Times the CPU time of bare streams, and the bytes of the request, and how often each connection asks in a turn.
-LIMITS = {"answer": 5.4, "SSE chunk": 2.6}  # measured were 3.9 and 1.75, and twice that with half the speed
+LIMITS = {"answer": 5.2, "SSE chunk": 1.1}  # measured were 3.6 and 0.65, and twice that with half the speed
 MESSAGES = {
     "answer": (contract.request(1, stream=False), 80),
     "SSE chunk": (contract.request(contract.WORDS, stream=True), 1),

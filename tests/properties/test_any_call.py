@@ -156,7 +156,8 @@ def test_any_caller_is_sent_somewhere(model: str, user: str, fields: dict[str, s
 def test_any_text_is_told_in_ascii(text: str, rest: list[Any]) -> None:
     call = chat.ChatRequest(text, "", True, True, "", [], "", {})
     sent: list[bytes] = []
-    stream = chat.EventStream("id", call, lambda data, last: bool(sent.append(data)), lambda: 0, lambda: 0.0)
+    send = lambda data, last: bool(sent.append(data))  # noqa: E731
+    stream = chat.EventStream("id", call.model, call.include_usage, send, lambda: 0, lambda: 0.0)
     stream.take("delta", text)
     stream.end("end", "stop", {})
     events = b"".join(sent).decode("ascii").split("\n\n")
