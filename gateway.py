@@ -94,6 +94,7 @@ class House:
         self.gate = auth.Gate(
             config.auth.mode,
             config.auth.secret,
+            named=config.auth.tokens,
             max_attempts=limit.max_attempts,
             window_ms=limit.window_ms,
             lockout_ms=limit.lockout_ms,
@@ -248,7 +249,7 @@ class Gateway:
         if not isinstance(config, Config):
             # Another program's files are its own: without a word about it, sessions are kept in memory.
             reading = _reading(os.environ)
-            config = configuration.build(reading.take(configuration.embedded(config or {}, agents or {})), reading)
+            config = _build(reading, reading.take(settings.embedded(config or {}, agents or {})))
         self._agents = {name.lower(): function for name, function in (agents or {}).items()}
         self._pool = pool.Pool(http1.format_request, http1.read_answer)
         self.house = House(config, self._agents, self._pool.request)
@@ -654,7 +655,11 @@ class Gateway:
 def load_config(path: str | None, environ: Mapping[str, str], overrides: Sequence[tuple[str, str]] = ()) -> Config:
     """Return the Config of this file; None: of the one that is found, or the built-in default. ConfigError."""
     reading = _reading(environ)
-    return configuration.build(reading.read(path, overrides), reading)
+    return _build(reading, reading.read(path, overrides))
+
+
+def _build(reading: settings.Settings, tree: Any) -> Config:
+    return configuration.build(tree, reading, auth.callers)
 
 
 def _reading(environ: Mapping[str, str]) -> settings.Settings:

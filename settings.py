@@ -15,6 +15,7 @@ HOME_FILE = "~/.copepod/copepod.json5"
 NEAR = 0.75  # difflib's ratio from which an unknown key is a slip of the pen: "prot" for "port" is 0.75
 SECRETS = ("token", "password", "apiKey")
 SECRET_MAPS = ("env", "headers")
+MEMORY = ":memory:"  # SQLite's name for no file at all
 
 VARIABLE = re.compile(r"\$(\$?)\{([A-Z_][A-Z0-9_]*)\}")
 COMMENT = r"//[^\n\r\u2028\u2029]*|/\*.*?\*/"
@@ -62,6 +63,18 @@ def parse(text: str) -> Any:
 
 def _plain(match: re.Match[str]) -> str:
     return match[1] or (f'"{match[2]}"' if match[2] else " ")
+
+
+def embedded(raw: Mapping[str, Any], agents: Iterable[str]) -> dict[str, Any]:
+    """Return another program's dict with these agents listed, and with sessions in memory where it does not say."""
+    tree = {"session": {}, "agents": {}, **raw}  # a section that is wrong stays as it is, for `build` to say
+    if isinstance(tree["session"], Mapping):
+        tree["session"] = {"store": MEMORY, **tree["session"]}
+    if isinstance(tree["agents"], Mapping) and isinstance(listed := tree["agents"].get("list", []), (list, tuple)):
+        known = {str(entry.get("id")).lower() for entry in listed if isinstance(entry, Mapping)}
+        missing = ({"id": agent} for agent in agents if agent.lower() not in known)
+        tree["agents"] = {**tree["agents"], "list": [*listed, *missing]}
+    return tree
 
 
 def mask(value: Any, key: str = "") -> Any:

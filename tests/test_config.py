@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+import auth
 import config
 import settings
 
@@ -21,12 +22,12 @@ KEY = {"openai": {"api": "openai-completions", "baseUrl": "http://127.0.0.1:1/v1
 def built(raw: Any, environ: dict[str, str] | None = None, *overrides: str) -> config.Config:
     pairs = [(path, value) for path, _, value in (text.partition("=") for text in overrides)]
     reading = settings.Settings({**HOME, **(environ or {})}, [brand.prefix for brand in config.BRANDS])
-    return config.build(reading.take(raw, pairs), reading)
+    return config.build(reading.take(raw, pairs), reading, auth.callers)
 
 
 def loaded(file: Path | str) -> config.Config:
     reading = settings.Settings(HOME, [brand.prefix for brand in config.BRANDS])
-    return config.build(reading.read(str(file)), reading)
+    return config.build(reading.read(str(file)), reading, auth.callers)
 
 
 def shown(got: config.Config) -> Any:
@@ -816,12 +817,12 @@ def test_the_home_folder_without_its_variable() -> None:
 )
 def test_embedded(raw: dict[str, Any], functions: list[str], expected: dict[str, Any]) -> None:
     before = json.dumps(raw)
-    assert config.embedded(raw, functions) == expected
+    assert settings.embedded(raw, functions) == expected
     assert json.dumps(raw) == before, "the caller's dict is not written to"
 
 
 def test_embedded_functions_become_agents() -> None:
-    got = built(config.embedded({}, {"zoe": print}))
+    got = built(settings.embedded({}, {"zoe": print}))
     assert (got.store, list(got.agents), got.default_agent) == (":memory:", ["zoe"], "zoe")
 
 
@@ -899,7 +900,7 @@ def test_a_usual_file_needs_nothing_heavy(tmp_path: Path) -> None:
         sys.path.insert(0, sys.argv[1])
         import config, settings
         reading = settings.Settings({}, [])
-        config.build(reading.read(sys.argv[2]), reading)
+        config.build(reading.read(sys.argv[2]), reading, print)
         print([name for name in ("json5", "difflib", "ipaddress", "pathlib") if name in sys.modules])
         """
     )
