@@ -107,7 +107,7 @@ def test_a_wrong_entry(changes: dict[str, Any], expected: list[str]) -> None:
         ({"name": "bob", "token": "y"}, {}, f'{AT}[1].name: "bob" is there already: give each token its own'),
         ({"name": "eve", "token": "of bob"}, {}, f"{AT}[1]: its secret is also that of bob: give each its own"),
         ({"name": "eve", "tokenSha256": SHA}, {}, f"{AT}[1]: its secret is also that of bob: give each its own"),
-        ({"name": "eve", "token": "x"}, {"token": "x"}, f"{AT}[1]: its secret is also the shared one: give each its own"),
+        ({"name": "e", "token": "x"}, {"token": "x"}, f"{AT}[1]: its secret is also the shared one: give each its own"),
         (
             {"name": "eve", "token": "x"},
             {"mode": "none"},
