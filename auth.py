@@ -62,6 +62,9 @@ class Caller:
         return rights == (other.name, other.scopes, other.agents, other.digest)
 
 
+ANYONE = Caller("", frozenset({ADMIN}))  # where no credential is asked for
+
+
 class Verdict(NamedTuple):
     """Whether the caller is let in; `retry_after` is whole seconds, 0 unless the client is locked out."""
 
@@ -78,16 +81,14 @@ def digest(secret: str) -> bytes:
     return _sha256()(secret.encode("utf-8", "surrogatepass")).digest()
 
 
+same = _compare_digest  # of two digests, in a time that does not tell where or by how much they differ
+
+
 @lru_cache(1)
 def _sha256() -> Callable[[bytes], hashlib._Hash]:
     from hashlib import sha256  # here: a gateway of mode none never needs it
 
     return sha256
-
-
-def same(given: bytes, expected: bytes) -> bool:
-    """Whether two digests are one. The time does not depend on where or by how much they differ."""
-    return _compare_digest(given, expected)
 
 
 def new_token() -> str:

@@ -301,19 +301,19 @@ def access_log(form: str) -> Callable[..., None]:
     atexit.register(flush)
 
     def write(
-        request_id: str, client: str, method: str, path: str, status: int, sent: int, ms: float, agent: str
+        request_id: str, client: str, method: str, path: str, status: int, sent: int, ms: float, agent: str, token: str
     ) -> None:
         nonlocal second, clock
         if not lines:
             asyncio.get_running_loop().call_later(LOG_SECONDS, flush)
         if form == "json":
             fields = {"time": time.time(), "id": request_id, "client": client, "method": method, "path": path}
-            fields |= {"status": status, "bytes": sent, "ms": round(ms, 1), "agent": agent}
+            fields |= {"status": status, "bytes": sent, "ms": round(ms, 1), "agent": agent, "token": token}
             lines.append(json.dumps(fields) + "\n")
             return
         if second != (now := int(time.time())):
             second, clock = now, time.strftime("%Y-%m-%d %H:%M:%S")
-        lines.append(f"{clock} {request_id} {client} {method} {path} {status} {sent} {ms:.1f} {agent}\n")
+        lines.append(f"{clock} {request_id} {client} {method} {path} {status} {sent} {ms:.1f} {agent} {token}\n")
 
     return write
 

@@ -81,6 +81,7 @@ EXPOSED = (
 )
 
 GOING_DOWN = "The gateway is going down."
+REVOKED = "This token is no longer valid, or its rights have changed."
 
 log = logging.getLogger("copepod")
 
@@ -102,6 +103,11 @@ class House:
             trusted=config.trusted_proxies,
         )
         self.directory = chat.Directory(config.agents, config.default_agent, config.brands)
+        self.directories = {"": self.directory}  # by the name of the caller's token
+        for caller in config.auth.tokens:
+            own = [agent for agent in config.agents if caller.agents is None or agent in caller.agents]
+            default = config.default_agent if config.default_agent in own else own[0]
+            self.directories[caller.name] = chat.Directory(own, default, config.brands)
         made: dict[str, runs.Provider] = {}
         self.providers: dict[str, list[tuple[str, str, runs.Provider]]] = {}
         for agent in config.agents.values():
@@ -480,12 +486,12 @@ class Gateway:
         path = request.path
         if path == "/v1/chat/completions" and house.config.chat_completions:
             self._check_method(request, "POST")
-            self._check_credential(x, request, house)
-            await self._chat(x, request, house)
+            caller = self._check_credential(x, request, house)
+            await self._chat(x, request, house, caller)
         elif (path == "/v1/models" or path.startswith("/v1/models/")) and house.config.chat_completions:
             self._check_method(request, "GET", "HEAD")
-            self._check_credential(x, request, house)
-            self._models(x, path, house)
+            caller = self._check_credential(x, request, house)
+            self._models(x, path, house.directories[caller.name])
         elif path in ("/healthz", "/readyz"):
             self._check_method(request, "GET", "HEAD")
             self._health(x, path)
@@ -546,11 +552,17 @@ class Gateway:
             names = ", ".join(allowed)
             raise APIError(405, f"{request.path} answers {names} only.", fields=[("Allow", names)])
 
-    def _check_credential(self, x: Exchange, request: http1.Request, house: House) -> None:
+    def _check_credential(self, x: Exchange, request: http1.Request, house: House) -> auth.Caller:
         fields = request.fields
-        verdict = house.gate.admit(auth.bearer(fields.get("authorization")), x.client, fields)
-        if not verdict.ok:
-            raise chat.credential_error(house.config.auth.mode, verdict.retry_after, verdict.missing)
+        given = auth.bearer(fields.get("authorization"))
+        _, retry_after, missing, caller, expired = house.gate.admit(given, x.client, fields)
+        if caller is None:
+            raise chat.credential_error(house.config.auth.mode, retry_after, missing, expired)
+        if caller.name:
+            x.caller = caller.name
+            if not caller.may_chat():
+                raise APIError(403, "This token lacks the scope `chat`.", type="permission_error")
+        return caller
 
     def _health(self, x: Exchange, path: str) -> None:
         if path == "/readyz" and (self.draining or not self.ready):
@@ -558,22 +570,22 @@ class Gateway:
         lost = path == "/readyz" and self.runs.store_error
         x.send(200, b'{"status":"degraded","store":"a session could not be kept"}' if lost else b'{"status":"ok"}')
 
-    def _models(self, x: Exchange, path: str, house: House) -> None:
+    def _models(self, x: Exchange, path: str, directory: chat.Directory) -> None:
         if path == "/v1/models":
-            x.send(200, chat.model_list(list(house.config.agents), self.created))
+            x.send(200, chat.model_list(list(directory.agents), self.created))
             return
         from urllib.parse import unquote
 
-        agent = house.directory.by_alias(unquote(path.removeprefix("/v1/models/")))
+        agent = directory.by_alias(unquote(path.removeprefix("/v1/models/")))
         x.send(200, chat.model_object(agent, self.created))
 
-    async def _chat(self, x: Exchange, request: http1.Request, house: House) -> None:
+    async def _chat(self, x: Exchange, request: http1.Request, house: House, caller: auth.Caller) -> None:
         if request.fields.get("content-encoding", "identity").lower() not in ("", "identity"):
             fields = [("Accept-Encoding", "identity")]  # RFC 9110 12.5.3
             raise APIError(415, "The body's Content-Encoding is not understood; send plain JSON.", fields=fields)
         call = chat.parse_request(await x.body(request))  # without a name: the run would keep it
         uuid = chat.as_uuid(x.id[4:])  # so that the log's request and the client's completion have one number
-        target = house.directory.resolve(call.model, call.user, request.fields, uuid)
+        target = house.directories[caller.name].resolve(call.model, call.user, request.fields, uuid)
         x.agent = target.agent_id
         x.fields += [
             ("x-copepod-session-key", chat.printable(target.session_key)),
@@ -583,7 +595,7 @@ class Gateway:
         c.watch()
         try:
             ids = (f"chatcmpl_{uuid}", uuid)
-            run = self.accept(house, target, call.message, call.messages, call.system, call.params, ids)
+            run = self.accept(house, target, call.message, call.messages, call.system, call.params, ids, caller=caller)
             await (self._stream if call.stream else self._complete)(x, call, run)
         except runs.RunError as e:
             raise chat.run_error(e.kind, str(e), e.retry_after, e.taken) from None
@@ -618,13 +630,16 @@ class Gateway:
         params: Mapping[str, Any] | None = None,
         ids: tuple[str, str] = ("", ""),
         timeout: float | None = None,
+        caller: auth.Caller = auth.ANYONE,
     ) -> runs.Run:
-        """Queue a turn: the one way into an agent, for every front. RunError: overloaded.
+        """Queue a turn: the one way into an agent, for every front. RunError: overloaded, limited, revoked.
 
         `ids` are the run's and that of a session that is not kept; where they are empty, new ones are made.
         """
         if self.draining:
             raise runs.RunError("overloaded", GOING_DOWN)
+        if caller.name:
+            self._permit(caller)
         agent = house.config.agents[target.agent_id]
         prompt = agent.system_prompt
         run = runs.Run(
@@ -639,14 +654,26 @@ class Gateway:
             stored=target.stored,
             run_id=ids[0],
             session_id=ids[1],
+            owner=caller.name,
         )
         self.runs.accept(run)
         return run
 
+    def _permit(self, caller: auth.Caller) -> None:
+        """Count a run of a named token. RunError: it may have none, any more or for the moment."""
+        gate = self.house.gate  # as it is now: the request may have come before a reload
+        current = gate.now(caller)
+        if current is None or not caller.same_as(current):
+            raise runs.RunError("revoked", REVOKED)
+        if left := gate.spend(current):
+            message = f"This token may ask for {current.per_minute} runs a minute; try again in {left} seconds."
+            raise runs.RunError("limited", message, retry_after=left)
+
     def _log(self, x: Exchange) -> None:
         if self.access_log is not None and (x.request is not None or x.status):
             method, path = (x.request.method, x.request.path[:100]) if x.request is not None else ("-", "-")
-            self.access_log(x.id, x.client, method, path, x.status, x.sent, (now() - x.started) * 1000, x.agent)
+            ms = (now() - x.started) * 1000
+            self.access_log(x.id, x.client, method, path, x.status, x.sent, ms, x.agent, x.caller)
 
 
 # The program

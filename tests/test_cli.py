@@ -448,7 +448,7 @@ def test_the_access_log(form: str, monkeypatch: pytest.MonkeyPatch, capsys: pyte
     async def main() -> None:
         write = cli.access_log(form)
         for _ in range(2):
-            write("req_1", "127.0.0.1", "GET", "/a", 200, 12, 1.25, "main")
+            write("req_1", "127.0.0.1", "GET", "/a", 200, 12, 1.25, "main", "bob")
         assert capsys.readouterr().err == ""
         flushes[0]()  # as the loop's timer does, and the end of the program
 
@@ -456,7 +456,7 @@ def test_the_access_log(form: str, monkeypatch: pytest.MonkeyPatch, capsys: pyte
     first, second = capsys.readouterr().err.splitlines()
     if form == "text":
         assert first == second
-        assert first.endswith(" req_1 127.0.0.1 GET /a 200 12 1.2 main")
+        assert first.endswith(" req_1 127.0.0.1 GET /a 200 12 1.2 main bob")
     else:
         got = json.loads(first)
         assert got.pop("time") > 1e9
@@ -469,6 +469,7 @@ def test_the_access_log(form: str, monkeypatch: pytest.MonkeyPatch, capsys: pyte
             "bytes": 12,
             "ms": 1.2,
             "agent": "main",
+            "token": "bob",
         }
 
 
