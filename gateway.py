@@ -105,9 +105,7 @@ class House:
         self.directory = chat.Directory(config.agents, config.default_agent, config.brands)
         self.directories = {"": self.directory}  # by the name of the caller's token
         for caller in config.auth.tokens:
-            own = [agent for agent in config.agents if caller.agents is None or agent in caller.agents]
-            default = config.default_agent if config.default_agent in own else own[0]
-            self.directories[caller.name] = chat.Directory(own, default, config.brands)
+            self.directories[caller.name] = chat.Directory(*_agents_of(config, caller), config.brands)
         made: dict[str, runs.Provider] = {}
         self.providers: dict[str, list[tuple[str, str, runs.Provider]]] = {}
         for agent in config.agents.values():
@@ -138,6 +136,14 @@ class House:
         return providers.echo()
 
 
+def _agents_of(config: Config, caller: auth.Caller) -> tuple[dict[str, configuration.Agent], str]:
+    """Return the agents that a caller may use, in their order, and which of them is its default one."""
+    if caller.agents is None:
+        return config.agents, config.default_agent
+    own = {name: agent for name, agent in config.agents.items() if name in caller.agents}
+    return own, config.default_agent if config.default_agent in own else next(iter(own), "")
+
+
 def _overloaded(message: str) -> APIError:
     return APIError(503, message, type="overloaded_error", fields=[("Retry-After", "1")])
 
@@ -163,13 +169,19 @@ def _module_files() -> list[str]:
 
 
 class Desk:
-    """What the gateway protocol's side sees of the gateway: its configuration as it is now, and its runs."""
+    """What the gateway protocol's side sees of the gateway: its configuration as it is now, and its runs.
+
+    A named token's owner sees of both what is its own.
+    """
 
     version = VERSION
 
-    def __init__(self, gateway: Gateway) -> None:
-        self._gateway, self._begun = gateway, now()
-        self.store = gateway.store
+    def __init__(self, gateway: Gateway, caller: auth.Caller = auth.ANYONE) -> None:
+        self._gateway, self._caller, self._owner = gateway, caller, caller.name
+        self.store: Any = gateway.store
+        if self._owner:
+            self.store = sessions.Shelf(gateway.store, runs.namespace(self._owner), caller.agents)
+        self.reports = reports.Reports(self).methods
         self.store_name = os.path.basename(gateway.house.config.store)
 
     @property
@@ -182,27 +194,40 @@ class Desk:
 
     @property
     def default_agent(self) -> str:
-        return self._config.default_agent
+        return _agents_of(self._config, self._caller)[1]
 
     @property
     def agents(self) -> dict[str, str]:
-        return {agent.id: agent.name if agent.name != agent.id else "" for agent in self._config.agents.values()}
+        agents = _agents_of(self._config, self._caller)[0].values()
+        return {agent.id: agent.name if agent.name != agent.id else "" for agent in agents}
 
     @property
     def uptime_ms(self) -> int:
-        return int((now() - self._begun) * 1000)
+        return int((now() - self._gateway.begun) * 1000)
 
     @property
     def models(self) -> list[dict[str, Any]]:
-        models = {model: model for agent in self._config.agents.values() for model in agent.models}
-        for name, provider in self._config.providers.items():
+        agents = _agents_of(self._config, self._caller)[0].values()
+        models = {model: model for agent in agents for model in agent.models}
+        for name, provider in self._config.providers.items() if self._caller.agents is None else ():
             listed = provider.options.get("models") or ()
             models |= {f"{name}/{model['id']}": model.get("name") or model["id"] for model in listed if "id" in model}
         parts = ((model.partition("/"), name) for model, name in models.items())
         return [{"id": rest or first, "name": name, "provider": first} for (first, _, rest), name in parts]
 
-    def admit(self, given: str | None, client: str, fields: Mapping[str, str]) -> auth.Verdict:
-        return self._gateway.house.gate.admit(given, client, fields)
+    def admit(self, given: Mapping[str, str], client: str, fields: Mapping[str, str]) -> auth.Verdict:
+        gate = self._gateway.house.gate
+        secret = given.get(gate.mode) or (given.get("token") if gate.named else None)
+        return gate.admit(secret, client, fields)
+
+    def of(self, caller: auth.Caller) -> Desk:
+        return Desk(self._gateway, caller) if caller.name else self
+
+    def key(self, run: runs.Run) -> str:
+        return run.session_key if self._owner else run.lane[1]
+
+    def bare(self, key: str) -> str:
+        return key if self._owner or not key.startswith("token:") else key.split(":", 2)[-1]
 
     def parse(self, message: str | bytes) -> dict[str, Any]:
         try:
@@ -214,7 +239,9 @@ class Desk:
         gateway, target = self._gateway, chat.Target(agent, key, True)
         messages = [{"role": "user", "content": message}]
         try:
-            return gateway.accept(gateway.house, target, message, messages, system, None, (run_id, ""), timeout or None)
+            ids = (run_id, "")
+            caller = self._caller
+            return gateway.accept(gateway.house, target, message, messages, system, None, ids, timeout or None, caller)
         except runs.RunError as e:
             raise control.Refusal(**jobs.told(e.kind, str(e), e.retry_after)) from None
 
@@ -226,10 +253,11 @@ class Desk:
         return self._gateway.runs.stop(run, runs.RunError("cancelled", reason))
 
     def active(self) -> list[runs.Run]:
-        return list(self._gateway.runs.active)
+        return [run for run in self._gateway.runs.active if self._owner in ("", run.owner)]
 
     async def find(self, session_id: str) -> tuple[str, str] | None:
-        return await self.store.find(session_id)
+        found: tuple[str, str] | None = await self.store.find(session_id)
+        return found
 
     def troubles(self) -> list[str]:
         draining = ["the gateway is going down"] if self._gateway.draining else []
@@ -261,10 +289,11 @@ class Gateway:
         self.house = House(config, self._agents, self._pool.request)
         self.store = sessions.Store(config.store, config.max_messages)
         self.runs = runs.Runs(config.max_concurrent, self.store.load, self.store.append, providers.checked)
+        self.begun = now()
         desk = Desk(self)
         self.jobs = jobs.Jobs(desk.drive, self.runs.observers)
         events = fanout.Fanout(self.runs.observers)
-        self.control = control.Control(desk, self.jobs, events, schema.problem, reports.Reports(desk).methods)
+        self.control = control.Control(desk, self.jobs, events, schema.problem)
         self.created = int(time.time())
         self.draining = self.ready = self._hurried = False
         self.connections: set[Connection] = set()
@@ -377,9 +406,20 @@ class Gateway:
         house = House(config, self._agents, self._pool.request)
         if (config.auth, config.trusted_proxies) == (self.house.config.auth, self.house.config.trusted_proxies):
             house.gate = self.house.gate  # with the failures that it remembers
-        self.house = house
+        old, self.house = self.house.gate, house
+        if house.gate is not old:
+            self._revoke(old, house.gate)
         self.runs.max_concurrent = config.max_concurrent
         self.runs.fill()
+
+    def _revoke(self, old: auth.Gate, gate: auth.Gate) -> None:
+        """End what those do who may no longer what they could: their WebSockets, and the runs of named tokens."""
+        gate.follow(old)
+        # The shared secret is another one in another mode; who has a named token does not care.
+        self.control.recheck(lambda caller: gate.now(caller) if caller.name or gate.mode == old.mode else None)
+        gone = {caller.name for caller in old.named.values() if not caller.same_as(gate.now(caller))}
+        for run in [run for run in self.runs.active if run.owner in gone]:
+            self.runs.stop(run, runs.RunError("revoked", REVOKED, taken=run.placed))
 
     def _connection(self) -> Connection:
         return Connection(
@@ -542,7 +582,7 @@ class Gateway:
         )
         self.upgraded.add(c)
         try:
-            await self.control.serve(websocket, x.client, request.fields)
+            x.caller = await self.control.serve(websocket, x.client, request.fields) or x.caller
         finally:
             self.upgraded.discard(c)
             x.close = True

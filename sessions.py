@@ -238,13 +238,22 @@ def _trim(db: Connection, row: int, limit: int) -> None:
     db.execute("DELETE FROM messages WHERE session = ? AND seq < ?", (row, kept if turn is None else turn))
 
 
-def _list(db: Connection, limit: int | None, agents: Collection[str] | None) -> Dicts:
+def _where(agents: Collection[str] | None, prefix: str) -> tuple[str, tuple[str, ...]]:
+    """The condition, with its values, of being a session of these agents whose key begins so; each may be absent."""
+    of = "1" if agents is None else f"agent IN ({', '.join('?' * len(agents))})"
+    if not prefix:
+        return of, tuple(agents or ())
+    behind = prefix[:-1] + chr(ord(prefix[-1]) + 1)  # the first text behind all that begin so: an index can be used
+    return f"{of} AND key >= ? AND key < ?", (*(agents or ()), prefix, behind)
+
+
+def _list(db: Connection, limit: int | None, agents: Collection[str] | None, prefix: str) -> Dicts:
     listed: Dicts = []
     columns = "key, agent, updated_at, session_id, input_tokens, output_tokens, model, extra"
-    of = "" if agents is None else f"WHERE agent IN ({', '.join('?' * len(agents))})"
-    query = f"SELECT {columns} FROM sessions {of} ORDER BY updated_at DESC, id DESC LIMIT ?"  # noqa: S608
+    of, values = _where(agents, prefix)
+    query = f"SELECT {columns} FROM sessions WHERE {of} ORDER BY updated_at DESC, id DESC LIMIT ?"  # noqa: S608
     for key, agent, updated_at, session_id, input_tokens, output_tokens, model, extra in db.execute(
-        query, (*(agents or ()), -1 if limit is None else limit)
+        query, (*values, -1 if limit is None else limit)
     ):
         entry: Dict = json.loads(extra)
         entry |= {"key": key, "agentId": agent, "kind": "direct", "updatedAt": updated_at, "sessionId": session_id}
@@ -402,13 +411,15 @@ class Store:
 
         await self._change(job)
 
-    async def list(self, limit: int | None = None, agents: Collection[str] | None = None) -> Dicts:
-        """The sessions (of these agents only), newest first: the fields of sessions.list and those of `patch`."""
-        return await self._run(lambda db: _list(db, limit, agents))
+    async def list(self, limit: int | None = None, agents: Collection[str] | None = None, prefix: str = "") -> Dicts:
+        """The sessions (of these agents, with keys that begin so), newest first: what sessions.list and `patch` say."""
+        return await self._run(lambda db: _list(db, limit, agents, prefix))
 
-    async def counts(self) -> dict[str, int]:
-        """The number of sessions of each agent that has one."""
-        return await self._run(lambda db: dict(db.execute("SELECT agent, count(*) FROM sessions GROUP BY agent")))
+    async def counts(self, agents: Collection[str] | None = None, prefix: str = "") -> dict[str, int]:
+        """The number of sessions (of these agents, with keys that begin so) of each agent that has one."""
+        of, values = _where(agents, prefix)
+        query = f"SELECT agent, count(*) FROM sessions WHERE {of} GROUP BY agent"  # noqa: S608
+        return await self._run(lambda db: dict(db.execute(query, values)))
 
     async def find(self, session_id: str) -> tuple[str, str] | None:
         """The agent and the key of the session with this id, None if there is none."""
@@ -444,3 +455,43 @@ class Store:
             pool, self._pool = self._pool, None
             await asyncio.get_running_loop().run_in_executor(pool, self._shut)
             pool.shutdown()
+
+
+class Shelf:
+    """The sessions of a store whose keys begin with `prefix`, under their keys without it, and of these agents alone.
+
+    Its methods are those of Store that people look at their sessions with.
+    """
+
+    def __init__(self, store: Store, prefix: str, agents: Collection[str] | None) -> None:
+        self._store, self._prefix, self._agents = store, prefix, agents
+
+    def _among(self, agents: Collection[str] | None) -> Collection[str] | None:
+        if agents is None or self._agents is None:
+            return self._agents if agents is None else agents
+        return [agent for agent in agents if agent in self._agents]
+
+    async def list(self, limit: int | None = None, agents: Collection[str] | None = None) -> Dicts:
+        found = await self._store.list(limit, self._among(agents), self._prefix)
+        return [{**session, "key": session["key"][len(self._prefix) :]} for session in found]
+
+    async def counts(self) -> dict[str, int]:
+        return await self._store.counts(self._agents, self._prefix)
+
+    async def find(self, session_id: str) -> tuple[str, str] | None:
+        agent, key = await self._store.find(session_id) or ("", "")
+        if not key.startswith(self._prefix) or (self._agents is not None and agent not in self._agents):
+            return None
+        return agent, key[len(self._prefix) :]
+
+    async def history(self, agent: str, key: str, limit: int | None = None) -> tuple[str | None, Dicts]:
+        return await self._store.history(agent, self._prefix + key, limit)
+
+    async def delete(self, agent: str, key: str) -> bool:
+        return await self._store.delete(agent, self._prefix + key)
+
+    async def reset(self, agent: str, key: str) -> str:
+        return await self._store.reset(agent, self._prefix + key)
+
+    async def patch(self, agent: str, key: str, fields: Dict) -> Dict:
+        return await self._store.patch(agent, self._prefix + key, fields)

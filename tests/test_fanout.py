@@ -16,7 +16,7 @@ END = ("end", "stop")
 
 
 class Run:
-    id, session_key = "r", "s"
+    id, session_key, owner, lane = "r", "s", "", ("main", "s")
 
     def __init__(self) -> None:
         self.answer: list[str] = []

@@ -88,12 +88,12 @@ def test_a_run_is_driven_and_remembered() -> None:
         jobs_, heard = Jobs(driver(None, FAILED), []), []
         for id in ("good", "bad"):
             job = jobs_.add(made(id, "word"))
-            assert jobs_.get(id) is job
+            assert jobs_.get("", id) is job
             assert job.payload is None
             job.then.append(heard.append)
         await ended(jobs_)
         good, bad = heard
-        assert jobs_.get("good") is good
+        assert jobs_.get("", "good") is good
         assert good.waited == {"runId": "good", "status": "ok", "startedAt": 100_000, "endedAt": 100_250}
         assert bad.error == {"code": "UNAVAILABLE", "message": "it broke"}
         assert (bad.waited["status"], bad.waited["error"]) == ("error", "it broke")
@@ -119,17 +119,17 @@ def test_wait() -> None:
     async def main() -> None:
         observers: list[Any] = []
         jobs_, heard = Jobs(driver(None), observers), []
-        jobs_.wait("k", 10, lambda job: heard.append(("first", job)))
-        leave = jobs_.wait("k", 10, lambda job: heard.append(("second", job)))
+        jobs_.wait("", "k", 10, lambda job: heard.append(("first", job)))
+        leave = jobs_.wait("", "k", 10, lambda job: heard.append(("second", job)))
         leave()
         leave()
         late = asyncio.get_running_loop().create_future()
-        jobs_.wait("another", 0, late.set_result)
+        jobs_.wait("", "another", 0, late.set_result)
         assert await late is None
         job = jobs_.add(made())
         await ended(jobs_)
         assert heard == [("first", job)]
-        jobs_.wait("http", 10, heard.append)
+        jobs_.wait("", "http", 10, heard.append)
         (see,) = observers
         for event in (("delta", "word"), ("error", FAILED), ("error", FAILED)):  # of a run of another front
             see(made("http"), event)
@@ -152,7 +152,7 @@ def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
             return job
 
         def there() -> str:
-            return "".join(id for id in "abcdef" if jobs_.get(id))
+            return "".join(id for id in "abcdef" if jobs_.get("", id))
 
         for id in "abcd":
             await end(id, "word")
