@@ -869,6 +869,18 @@ def _command_show(options: Namespace) -> int:
     return 0
 
 
+def _command_token(options: Namespace) -> int:
+    token, reading = auth.new_token(), _reading({})
+    entry = {"name": options.name, "tokenSha256": auth.digest(token).hex()}
+    entry |= {key: given for key in ("agents", "scopes", "expires") if (given := getattr(options, key)) is not None}
+    at, agents = "gateway.auth.tokens[0]", [agent.lower() for agent in options.agents or ()]
+    auth.callers([reading.check(entry, configuration.TOKEN, at)], "", agents, reading)
+    if reading.problems:
+        raise cli.UsageError("; ".join(problem.removeprefix(f"{at}.") for problem in reading.problems))
+    cli.print_token(token, entry)
+    return 0
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program with `argv` (default: the process's own). Returns the exit status."""
     commands_ = {
@@ -879,6 +891,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "status": _command_health,
         "config check": _command_check,
         "config show": _command_show,
+        "token new": _command_token,
     }
     expected = (OSError, ConfigError, sessions.StoreError, runs.RunError, APIError, remote.RemoteError)
     return cli.run(sys.argv[1:] if argv is None else argv, commands_, VERSION, expected)

@@ -76,6 +76,8 @@ def parsed(*argv: str) -> dict[str, Any]:
         (("status", "--json", "--set", "a=b"), {"command": "status", "json": True, "overrides": [("a", "b")]}),
         (("config", "check", "--config", "x"), {"command": "config check", "config": "x"}),
         (("config", "show", "--set", "a.b=1"), {"command": "config show", "overrides": [("a.b", "1")]}),
+        (("token", "new", "bob"), {"command": "token new", "name": "bob", "agents": None, "expires": None}),
+        (("token", "new", "bob", "--agents", "a, b,"), {"agents": ["a", "b"], "scopes": None}),
     ],
 )
 def test_what_the_commands_get(argv: tuple[str, ...], expected: dict[str, Any]) -> None:

@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 
 import auth
+import gateway
+import settings
 from test_config import built, problems, shown
 
 SHA = auth.digest("of bob").hex()
@@ -131,3 +133,51 @@ def test_what_has_expired_is_no_mistake(moment: str) -> None:
     got = built(tokens({"name": "bob", "token": "x", "expires": moment}))
     assert got.warnings == (f'{AT}[0]: "bob" has expired, and lets nobody in',)
     assert [caller.name for caller in got.auth.tokens] == ["bob"]
+
+
+# A new one
+
+
+@pytest.mark.parametrize(
+    ("flags", "more"),
+    [
+        ([], {}),
+        (["--agents", "beta,main"], {"agents": ["beta", "main"]}),
+        (
+            ["--agents", "beta", "--scopes", "chat,operator.read", "--expires", "2999-01-01"],
+            {"agents": ["beta"], "scopes": ["chat", "operator.read"], "expires": "2999-01-01"},
+        ),
+    ],
+)
+def test_a_new_token(flags: list[str], more: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    """What is printed is a token, once, and a line that lets it in, which says its digest alone."""
+    assert gateway.main(["token", "new", "alice", *flags]) == 0
+    out, err = capsys.readouterr()
+    token, line = out.splitlines()
+    assert "alice" in err
+    assert token not in err + line
+    assert line.endswith(" },")
+    entry = settings.parse(line[:-1])
+    assert entry == {"name": "alice", "tokenSha256": auth.digest(token).hex(), **more}
+    (caller,) = built(tokens(entry)).auth.tokens
+    door = auth.Gate("token", "", named=[caller])
+    assert door.admit(token, "1.2.3.4", {}).caller == caller
+    assert caller.agents == (frozenset(more["agents"]) if "agents" in more else None)
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["Alice"], f"name: {NAME}, not"),
+        (["alice", "--scopes", "operator.admin"], 'scopes[0]: "operator.admin" is for the shared secret alone'),
+        (["alice", "--expires", "soon"], f"expires: {DATE}"),
+        (["alice", "--agents", ","], "agents: must be a list of names"),
+        ([], "required: NAME"),
+    ],
+)
+def test_a_wrong_new_token(argv: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert gateway.main(["token", "new", *argv]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert said in err
+    assert err.count("\n") == 1
