@@ -92,10 +92,10 @@ def _sha256() -> Callable[[bytes], hashlib._Hash]:
 
 
 def new_token() -> str:
-    """Return a fresh token: 43 characters of 256 random bits (RFC 4648 5)."""
+    """Return a fresh token: 256 random bits (RFC 4648 5), behind a word that is no flag and that scanners can find."""
     from base64 import urlsafe_b64encode
 
-    return urlsafe_b64encode(os.urandom(32)).decode("ascii").rstrip("=")
+    return "copepod_" + urlsafe_b64encode(os.urandom(32)).decode("ascii").rstrip("=")
 
 
 def moment(text: str) -> float:

@@ -528,7 +528,7 @@ def test_moment(text: str, expected: float | None) -> None:
 def test_tokens_are_fresh_and_long() -> None:
     tokens = {auth.new_token() for _ in range(100)}
     assert len(tokens) == 100
-    assert all(re.fullmatch("[A-Za-z0-9_-]{43}", token) for token in tokens)
+    assert all(re.fullmatch("copepod_[A-Za-z0-9_-]{43}", token) for token in tokens)
 
 
 def test_no_secret_is_kept_or_shown() -> None:
