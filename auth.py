@@ -105,11 +105,8 @@ def moment(text: str) -> float:
     """
     from datetime import UTC, datetime
 
-    try:
-        parsed = datetime.fromisoformat(text)
-        return (parsed if parsed.tzinfo else parsed.replace(tzinfo=UTC)).timestamp()
-    except OverflowError:
-        raise ValueError(f"{text!r} is out of range") from None
+    parsed = datetime.fromisoformat(text)
+    return (parsed if parsed.tzinfo else parsed.replace(tzinfo=UTC)).timestamp()
 
 
 def callers(

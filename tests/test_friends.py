@@ -224,6 +224,23 @@ def test_what_an_agent_is_called_by_its_first_or_by_the_default() -> None:
     run(main())
 
 
+def test_the_access_log_says_whose_token_it_was() -> None:
+    async def main() -> None:
+        lines: list[tuple[Any, ...]] = []
+        async with House().open() as hub:
+            hub.access_log = lambda *fields: lines.append(fields)
+            for who in (bearer("alice"), bearer("nobody"), BEARER, {}):
+                await ask(hub, "hi", who)
+            async with connected(hub, auth={"token": "of bob"}):
+                pass
+            while len(lines) < 5:
+                await asyncio.sleep(0)
+        seen = [(line[4], *line[7:]) for line in lines]
+        assert seen == [(200, "beta", "alice"), (401, "-", "-"), (200, "main", "-"), (401, "-", "-"), (101, "-", "bob")]
+
+    run(main())
+
+
 # WebSocket
 
 OF_OTHERS = ["agent:main:diary", "agent:gamma:diary", "agent:beta:diary", "token:bob:agent:beta:ours", "main", "::x"]
