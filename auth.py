@@ -339,22 +339,22 @@ class Limiter:
         self._clock = clock
         # Both in order of the last failure, so that the first is the one to forget. A plain dict would do but for
         # its front: taking the first key again and again walks over all the holes before it.
-        self._failing: OrderedDict[str, list[float]] = OrderedDict()
-        self._locked: OrderedDict[str, float] = OrderedDict()
+        self.failing: OrderedDict[str, list[float]] = OrderedDict()
+        self.locked: OrderedDict[str, float] = OrderedDict()
 
     def __len__(self) -> int:
         """The number of clients that it remembers."""
-        return len(self._failing) + len(self._locked)
+        return len(self.failing) + len(self.locked)
 
     def retry_after(self, key: str) -> int:
         """Whole seconds until the client may try again, 0 when it is not locked out."""
-        until = self._locked.get(key)
+        until = self.locked.get(key)
         if until is None:
             return 0
         left = until - self._clock()
         if left > 0:
             return math.ceil(left)
-        del self._locked[key]
+        del self.locked[key]
         return 0
 
     def failed(self, key: str) -> None:
@@ -362,23 +362,23 @@ class Limiter:
         if self.retry_after(key):
             return
         now = self._clock()
-        recent = [moment for moment in self._failing.pop(key, ()) if moment > now - self._window]
+        recent = [moment for moment in self.failing.pop(key, ()) if moment > now - self._window]
         recent.append(now)
         self._make_room(now)
         if len(recent) < self._max_attempts:
-            self._failing[key] = recent
+            self.failing[key] = recent
         else:
-            self._locked[key] = now + self._lockout
+            self.locked[key] = now + self._lockout
 
     def cleared(self, key: str) -> None:
         """Forget the client's failures."""
-        self._failing.pop(key, None)
+        self.failing.pop(key, None)
 
     def _make_room(self, now: float) -> None:
-        while self._locked and next(iter(self._locked.values())) <= now:
-            self._locked.popitem(last=False)
-        if len(self._failing) + len(self._locked) >= MAX_CLIENTS:
-            (self._failing or self._locked).popitem(last=False)
+        while self.locked and next(iter(self.locked.values())) <= now:
+            self.locked.popitem(last=False)
+        if len(self.failing) + len(self.locked) >= MAX_CLIENTS:
+            (self.failing or self.locked).popitem(last=False)
 
 
 class Gate:
@@ -429,15 +429,16 @@ class Gate:
         if self.mode == "none":
             return self._admitted
         known = digest(given) if given else b""
-        if not self._limiter and known and same(known, self._expected):
+        limiter = self._limiter
+        if same(known, self._expected) and known and not limiter.failing and not limiter.locked:
             return self._admitted  # nobody has failed of late, so there is nothing to look up and nothing to clear
         exempt = self._exempt_loopback and is_loopback(client) and has_forwarding(fields) is None
         key = "" if exempt else limiter_key(client)
-        left = 0 if exempt else self._limiter.retry_after(key)
+        left = 0 if exempt else limiter.retry_after(key)
         if left or not given:
             return Verdict(False, left, not given)
         if same(known, self._expected):
-            self._limiter.cleared(key)
+            limiter.cleared(key)
             return self._admitted
         caller = self.named.get(known)
         if caller is not None and same(known, caller.digest):  # clears nothing: a friend may be a guesser too
@@ -445,7 +446,7 @@ class Gate:
                 return Verdict(True, 0, False, caller)
             return Verdict(False, 0, False, expired=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(caller.expires)))
         if not exempt:
-            self._limiter.failed(key)
+            limiter.failed(key)
         return Verdict(False, 0, False)
 
     def now(self, caller: Caller) -> Caller | None:

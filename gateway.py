@@ -594,10 +594,11 @@ class Gateway:
 
     def _check_credential(self, x: Exchange, request: http1.Request, house: House) -> auth.Caller:
         fields = request.fields
-        given = auth.bearer(fields.get("authorization"))
-        _, retry_after, missing, caller, expired = house.gate.admit(given, x.client, fields)
+        verdict = house.gate.admit(auth.bearer(fields.get("authorization")), x.client, fields)
+        caller = verdict.caller
         if caller is None:
-            raise chat.credential_error(house.config.auth.mode, retry_after, missing, expired)
+            mode = house.config.auth.mode
+            raise chat.credential_error(mode, verdict.retry_after, verdict.missing, verdict.expired)
         if caller.name:
             x.caller = caller.name
             if not caller.may_chat():
