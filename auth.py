@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 import socket
 import time
@@ -11,19 +12,58 @@ from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import lru_cache
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 if TYPE_CHECKING:
     import hashlib
     from ipaddress import IPv4Network, IPv6Network
 
+    class Reading(Protocol):
+        """Where it is noted what is wrong with a configuration."""
+
+        problems: list[str]
+        warnings: list[str]
+
+        def near(self, word: str, words: Iterable[str]) -> str: ...
+
+
 MAX_CLIENTS = 10_000  # remembered clients, some 3 MiB when full; nginx's limit_req_zone holds 8,000 to 16,000 per MB
 FORWARDING = frozenset({"forwarded", "via", "x-real-ip"})  # and every x-forwarded-*
 PORTS = {"http": 80, "https": 443}
+CHAT, READ, WRITE, ADMIN = "chat", "operator.read", "operator.write", "operator.admin"
+SCOPES = (CHAT, READ, WRITE)  # that a named token may have
 _MAPPED = bytes(10) + b"\xff\xff"  # ::ffff:0:0/96, an IPv4 address in IPv6 (RFC 4291 2.5.5.2)
 
 # uri-host [ ":" port ], RFC 9110 7.2; uri-host = IP-literal / IPv4address / reg-name, RFC 3986 3.2.2
 _AUTHORITY = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^\[\]:/?#@\s,]+)(?::([0-9]{0,5}))?")
+
+
+class Caller(NamedTuple):
+    """Who was let in, and what it may. Without a name: who has the shared secret or, in mode none, anyone."""
+
+    name: str
+    scopes: frozenset[str]
+    agents: frozenset[str] | None = None  # their ids; None: all
+    expires: float | None = None  # seconds since the epoch
+    per_minute: int | None = None  # runs that it may ask for; None: any number
+    digest: bytes = b""  # of its credential
+
+    def __repr__(self) -> str:
+        return f"Caller({self.name!r})"
+
+    def may_chat(self) -> bool:
+        """Whether it may ask for runs at all."""
+        return not self.scopes.isdisjoint((CHAT, WRITE, ADMIN))
+
+    def same_as(self, other: Caller | None) -> bool:
+        """Whether the other has the same credential and rights; how long and how often is left out."""
+        if other is None:
+            return False
+        rights = (self.name, self.scopes, self.agents, self.digest)
+        return rights == (other.name, other.scopes, other.agents, other.digest)
+
+
+ANYONE = Caller("", frozenset({ADMIN}))  # where no credential is asked for
 
 
 class Verdict(NamedTuple):
@@ -32,9 +72,8 @@ class Verdict(NamedTuple):
     ok: bool
     retry_after: int
     missing: bool
-
-
-ADMITTED = Verdict(True, 0, False)
+    caller: Caller | None = None  # None: it is not
+    expired: str = ""  # when it could still have been, as RFC 3339 writes it
 
 
 @lru_cache(64)  # clients repeat themselves; found by a hash that no stranger can aim at
@@ -44,6 +83,9 @@ def digest(secret: str) -> bytes:
     return _sha256()(secret.encode("utf-8", "surrogatepass")).digest()
 
 
+same = _compare_digest  # of two digests, in a time that does not tell where or by how much they differ
+
+
 @lru_cache(1)
 def _sha256() -> Callable[[bytes], hashlib._Hash]:
     from hashlib import sha256  # here: a gateway of mode none never needs it
@@ -51,9 +93,75 @@ def _sha256() -> Callable[[bytes], hashlib._Hash]:
     return sha256
 
 
-def same(given: str, expected_digest: bytes) -> bool:
-    """Whether `given` is the secret. The time does not depend on where or by how much the two differ."""
-    return _compare_digest(digest(given), expected_digest)
+def new_token() -> str:
+    """Return a fresh token: 256 random bits (RFC 4648 5), behind a word that is no flag and that scanners can find."""
+    from base64 import urlsafe_b64encode
+
+    return "copepod_" + urlsafe_b64encode(os.urandom(32)).decode("ascii").rstrip("=")
+
+
+def moment(text: str) -> float:
+    """Return the seconds since the epoch of a date or a date and time of ISO 8601, UTC where it does not say.
+
+    ValueError: it is neither.
+    """
+    from datetime import UTC, datetime
+
+    parsed = datetime.fromisoformat(text)
+    return (parsed if parsed.tzinfo else parsed.replace(tzinfo=UTC)).timestamp()
+
+
+def callers(
+    entries: Sequence[Mapping[str, Any]], secret: str, agents: Collection[str], reading: Reading
+) -> tuple[Caller, ...]:
+    """Return those whom the entries of `gateway.auth.tokens`, of the right types, let in beside the shared `secret`.
+
+    What is wrong with an entry is noted with its path in `reading.problems`.
+    """
+    found: list[Caller] = []
+    owners = {digest(secret): "the shared one"} if secret else {}
+    for n, entry in enumerate(entries):
+        at, name, token, sha256 = f"gateway.auth.tokens[{n}]", entry["name"], entry["token"], entry["tokenSha256"]
+        wrong = _wrong_with(entry, agents, reading.near)
+        if any(name == other.name for other in found):
+            wrong.append(f'.name: "{name}" is there already: give each token its own')
+        if bool(token) is bool(sha256) and not any(problem.startswith(at) for problem in reading.problems):
+            wrong.append(": must have a token or a tokenSha256, and not both")
+        number = bytes.fromhex(sha256) if sha256 else digest(token or "")
+        if (token or sha256) and owners.setdefault(number, f"that of {name}") != f"that of {name}":
+            wrong.append(f": its secret is also {owners[number]}: give each its own")
+        reading.problems += [at + problem for problem in wrong]
+        if wrong:
+            continue
+        scopes, allowed = frozenset(entry["scopes"] or (CHAT,)), entry["agents"]
+        ids = None if allowed is None else frozenset(agent.lower() for agent in allowed)
+        until = None if entry["expires"] is None else moment(entry["expires"])
+        if until is not None and until <= time.time():
+            reading.warnings.append(f'{at}: "{name}" has expired, and lets nobody in')
+        found.append(Caller(name, scopes, ids, until, entry["rateLimit"]["requestsPerMinute"], number))
+    return tuple(found)
+
+
+def _wrong_with(
+    entry: Mapping[str, Any], agents: Collection[str], near: Callable[[str, Iterable[str]], str]
+) -> list[str]:
+    """What is wrong with the agents, the scopes and the date of an entry."""
+    wrong = []
+    for n, agent in enumerate(entry["agents"] or ()):
+        if agent.lower() not in agents:
+            wrong.append(f'.agents[{n}]: there is no agent "{agent}"{near(agent, agents)}')
+    for n, scope in enumerate(entry["scopes"] or ()):
+        if scope == ADMIN:
+            wrong.append(f'.scopes[{n}]: "{ADMIN}" is for the shared secret alone')
+        elif scope not in SCOPES:
+            said = 'must be "chat", "operator.read" or "operator.write"'
+            wrong.append(f'.scopes[{n}]: {said}, not "{scope}"{near(scope, SCOPES)}')
+    try:
+        if entry["expires"] is not None:
+            moment(entry["expires"])
+    except ValueError:
+        wrong.append(f'.expires: must be a date such as "2027-01-01", or a date and time, not "{entry["expires"]}"')
+    return wrong
 
 
 def bearer(authorization: str | None) -> str | None:
@@ -233,22 +341,22 @@ class Limiter:
         self._clock = clock
         # Both in order of the last failure, so that the first is the one to forget. A plain dict would do but for
         # its front: taking the first key again and again walks over all the holes before it.
-        self._failing: OrderedDict[str, list[float]] = OrderedDict()
-        self._locked: OrderedDict[str, float] = OrderedDict()
+        self.failing: OrderedDict[str, list[float]] = OrderedDict()
+        self.locked: OrderedDict[str, float] = OrderedDict()
 
     def __len__(self) -> int:
         """The number of clients that it remembers."""
-        return len(self._failing) + len(self._locked)
+        return len(self.failing) + len(self.locked)
 
     def retry_after(self, key: str) -> int:
         """Whole seconds until the client may try again, 0 when it is not locked out."""
-        until = self._locked.get(key)
+        until = self.locked.get(key)
         if until is None:
             return 0
         left = until - self._clock()
         if left > 0:
             return math.ceil(left)
-        del self._locked[key]
+        del self.locked[key]
         return 0
 
     def failed(self, key: str) -> None:
@@ -256,23 +364,23 @@ class Limiter:
         if self.retry_after(key):
             return
         now = self._clock()
-        recent = [moment for moment in self._failing.pop(key, ()) if moment > now - self._window]
+        recent = [moment for moment in self.failing.pop(key, ()) if moment > now - self._window]
         recent.append(now)
         self._make_room(now)
         if len(recent) < self._max_attempts:
-            self._failing[key] = recent
+            self.failing[key] = recent
         else:
-            self._locked[key] = now + self._lockout
+            self.locked[key] = now + self._lockout
 
     def cleared(self, key: str) -> None:
         """Forget the client's failures."""
-        self._failing.pop(key, None)
+        self.failing.pop(key, None)
 
     def _make_room(self, now: float) -> None:
-        while self._locked and next(iter(self._locked.values())) <= now:
-            self._locked.popitem(last=False)
-        if len(self._failing) + len(self._locked) >= MAX_CLIENTS:
-            (self._failing or self._locked).popitem(last=False)
+        while self.locked and next(iter(self.locked.values())) <= now:
+            self.locked.popitem(last=False)
+        if len(self.failing) + len(self.locked) >= MAX_CLIENTS:
+            (self.failing or self.locked).popitem(last=False)
 
 
 class Gate:
@@ -283,22 +391,29 @@ class Gate:
         mode: str,
         secret: str,
         *,
+        named: Sequence[Caller] = (),
         max_attempts: int = 10,
         window_ms: int = 60_000,
         lockout_ms: int = 300_000,
         exempt_loopback: bool = True,
         trusted: Sequence[str] = (),
         clock: Callable[[], float] = time.monotonic,
+        wall: Callable[[], float] = time.time,
     ) -> None:
         if mode not in ("none", "token", "password"):
             raise ValueError(f"unknown auth mode {mode!r}")
-        if mode != "none" and not secret:
+        if mode != "none" and not secret and not (named and mode == "token"):
             raise ValueError(f"auth mode {mode} without a {mode}")
         self.mode = mode
-        self._expected = digest(secret) if mode != "none" else b""  # the secret itself is not kept
+        self._expected = digest(secret) if secret and mode != "none" else b""  # the secret itself is not kept
+        shared = Caller("", frozenset({ADMIN}), digest=self._expected)
+        self._admitted = Verdict(True, 0, False, shared)  # of the shared secret
+        self.named = {caller.digest: caller for caller in named}
         self._limiter = Limiter(max_attempts, window_ms, lockout_ms, clock)
         self._exempt_loopback = exempt_loopback
         self._trusted = networks(trusted)
+        self._clock, self._wall = clock, wall
+        self._full_at: dict[bytes, float] = {}  # when a named token's allowance is whole again, by its digest
 
     def __repr__(self) -> str:
         return f"Gate(mode={self.mode!r})"
@@ -314,17 +429,49 @@ class Gate:
         mode's own rules are those of `stranger`.
         """
         if self.mode == "none":
-            return ADMITTED
-        if given and not self._limiter and same(given, self._expected):
-            return ADMITTED  # nobody has failed of late, so there is nothing to look up and nothing to clear
+            return self._admitted
+        known = digest(given) if given else b""
+        limiter = self._limiter
+        if same(known, self._expected) and known and not limiter.failing and not limiter.locked:
+            return self._admitted  # nobody has failed of late, so there is nothing to look up and nothing to clear
         exempt = self._exempt_loopback and is_loopback(client) and has_forwarding(fields) is None
         key = "" if exempt else limiter_key(client)
-        left = 0 if exempt else self._limiter.retry_after(key)
+        left = 0 if exempt else limiter.retry_after(key)
         if left or not given:
             return Verdict(False, left, not given)
-        if same(given, self._expected):
-            self._limiter.cleared(key)
-            return ADMITTED
+        if same(known, self._expected):
+            limiter.cleared(key)
+            return self._admitted
+        caller = self.named.get(known)
+        if caller is not None and same(known, caller.digest):  # clears nothing: a friend may be a guesser too
+            if caller.expires is None or self._wall() < caller.expires:
+                return Verdict(True, 0, False, caller)
+            return Verdict(False, 0, False, expired=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(caller.expires)))
         if not exempt:
-            self._limiter.failed(key)
+            limiter.failed(key)
         return Verdict(False, 0, False)
+
+    def now(self, caller: Caller) -> Caller | None:
+        """Return the one whom the caller's credential lets in, None if it lets nobody in (any more)."""
+        shared = self._admitted.caller
+        if not caller.name and shared is not None and (self.mode == "none" or self._expected):
+            return shared if same(shared.digest, caller.digest) else None
+        return self.named.get(caller.digest)
+
+    def spend(self, caller: Caller) -> int:
+        """Take one run off the caller's allowance. Returns 0, or whole seconds until it has one again.
+
+        `per_minute` of them may come at once; one comes back every 60 / `per_minute` seconds.
+        """
+        if caller.per_minute is None:
+            return 0
+        now, each = self._clock(), 60 / caller.per_minute
+        full_at = max(now, self._full_at.get(caller.digest, now)) + each
+        if full_at - now > 60.000001:  # the sums of `each` are not exact
+            return math.ceil(full_at - now - 60)
+        self._full_at[caller.digest] = full_at
+        return 0
+
+    def follow(self, old: Gate) -> None:
+        """Go on with the allowances of those who were let in before."""
+        self._full_at = {number: at for number, at in old._full_at.items() if number in self.named}

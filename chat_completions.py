@@ -34,6 +34,8 @@ ERRORS: dict[str, tuple[int, str, str | None]] = {
     "overloaded": (503, "overloaded_error", None),
     "timeout": (504, "timeout_error", None),
     "cancelled": (500, "server_error", "run_aborted"),  # by an operator
+    "limited": (429, "rate_limit_error", "rate_limit_exceeded"),  # by the token's own rate
+    "revoked": (401, "authentication_error", "invalid_api_key"),  # the token, while its run was on
 }
 
 _AGENT_ID = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
@@ -141,8 +143,11 @@ def run_error(kind: str, message: str, retry_after: int | None, taken: bool) -> 
     return APIError(status, message, type=type_, code=code, fields=fields)
 
 
-def credential_error(mode: str, retry_after: int, missing: bool) -> APIError:
-    """Return the answer to a caller without the right credentials; `retry_after` in seconds when it is locked out."""
+def credential_error(mode: str, retry_after: int, missing: bool, expired: str = "") -> APIError:
+    """Return the answer to a caller without the right credentials; `retry_after` in seconds when it is locked out.
+
+    `expired` is the moment until which they were right.
+    """
     if retry_after:
         return APIError(
             429,
@@ -151,9 +156,10 @@ def credential_error(mode: str, retry_after: int, missing: bool) -> APIError:
             code="too_many_auth_failures",
             fields=[("Retry-After", str(retry_after)), ("x-should-retry", "false")],
         )
+    wrong = f"{'No' if missing else 'Wrong'} credentials; send `Authorization: Bearer <{mode}>`."
     return APIError(
         401,
-        f"{'No' if missing else 'Wrong'} credentials; send `Authorization: Bearer <{mode}>`.",
+        f"This token has expired, at {expired}; ask for another." if expired else wrong,
         type="authentication_error",
         code="invalid_api_key",
         fields=[("WWW-Authenticate", "Bearer")],

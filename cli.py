@@ -31,6 +31,10 @@ class Option(NamedTuple):
     settings: dict[str, Any]  # as argparse's add_argument takes them
 
 
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
 class Command(NamedTuple):
     name: str  # one word or two
     does: str
@@ -96,6 +100,17 @@ COMMANDS = (
     Command("health", "say whether the gateway is well", "copepod health --json", (AS_JSON, *WAITING)),
     Command("status", "say what the gateway does", "copepod status", (AS_JSON, *WAITING)),
     Command("config check", "say every mistake of the configuration", "copepod config check --config copepod.json5"),
+    Command(
+        "token new",
+        "make a token for a friend, and the line that lets it in",
+        "copepod token new alice --agents beta --expires 2027-01-01",
+        (
+            Option("name", {"metavar": "NAME", "help": "whose it is, as the log will say"}),
+            Option("--agents", {"metavar": "A,B", "type": _words, "help": "the agents it may use (else all)"}),
+            Option("--scopes", {"metavar": "S,T", "type": _words, "help": "chat (so it is), operator.read, .write"}),
+            Option("--expires", {"metavar": "DATE", "help": "a date, or a date and time (UTC where it does not say)"}),
+        ),
+    ),
     Command("config show", "print what is in effect, secrets as ***", "copepod config show --set gateway.port=0"),
 )
 
@@ -261,6 +276,14 @@ def print_payload(payload: Any) -> None:
     print(json.dumps(payload, indent=2, ensure_ascii=False))
 
 
+def print_token(token: str, entry: Mapping[str, Any]) -> None:
+    """Prints a fresh token and the entry of `gateway.auth.tokens` that lets it in."""
+    said = f"the token of {entry['name']}, shown this once, and the line to paste into gateway.auth.tokens"
+    print(f"{PROGRAM}: {said}", file=sys.stderr)
+    print(token)
+    print(f"{{ {', '.join(f'{key}: {json.dumps(value)}' for key, value in entry.items())} }},")
+
+
 def set_logging(level: str, form: str) -> None:
     """Sends the log from this level ("error", "warn", "info", "debug") on to stderr, as lines of "text" or "json"."""
     import logging
@@ -302,19 +325,19 @@ def access_log(form: str) -> Callable[..., None]:
     atexit.register(flush)
 
     def write(
-        request_id: str, client: str, method: str, path: str, status: int, sent: int, ms: float, agent: str
+        request_id: str, client: str, method: str, path: str, status: int, sent: int, ms: float, agent: str, token: str
     ) -> None:
         nonlocal second, clock
         if not lines:
             asyncio.get_running_loop().call_later(LOG_SECONDS, flush)
         if form == "json":
             fields = {"time": time.time(), "id": request_id, "client": client, "method": method, "path": path}
-            fields |= {"status": status, "bytes": sent, "ms": round(ms, 1), "agent": agent}
+            fields |= {"status": status, "bytes": sent, "ms": round(ms, 1), "agent": agent, "token": token}
             lines.append(json.dumps(fields) + "\n")
             return
         if second != (now := int(time.time())):
             second, clock = now, time.strftime("%Y-%m-%d %H:%M:%S")
-        lines.append(f"{clock} {request_id} {client} {method} {path} {status} {sent} {ms:.1f} {agent}\n")
+        lines.append(f"{clock} {request_id} {client} {method} {path} {status} {sent} {ms:.1f} {agent} {token}\n")
 
     return write
 

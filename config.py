@@ -99,6 +99,7 @@ BIND = Rule(
 API = _choice(None, "echo", "python", "command", "openai-completions")
 MODEL = Rule('"provider/model" or { primary: "...", fallbacks: ["..."] }', _is_model)
 TIMEOUT = _number(None, 0.01, 604800)  # a week, for agents that work on their own
+NAMES = Rule("a list of names", lambda v: isinstance(v, list) and v and all(isinstance(name, str) for name in v))
 HEADER = _text(None, "text without control characters", r"[^\x00-\x08\x0a-\x1f\x7f]*", secret=True)
 
 PROVIDERS: dict[str, dict[str, Table]] = {
@@ -147,6 +148,15 @@ LISTED: dict[str, Table] = {
     "default": FLAG._replace(default=False),
     "name": TEXT,
 }
+TOKEN: dict[str, Table] = {
+    "name": _text(..., 'lower-case letters, digits, "_" and "-", at most 32', r"[a-z0-9][a-z0-9_-]{0,31}"),
+    "token": SECRET._replace(default=None),
+    "tokenSha256": _text(None, "64 hexadecimal digits", r"[0-9A-Fa-f]{64}", secret=True),
+    "agents": NAMES,  # none at all is no way to say "all"
+    "scopes": NAMES,
+    "expires": TEXT,
+    "rateLimit": {"requestsPerMinute": _number(None, 1, 1000000, whole=True)},
+}
 ROOT: dict[str, Table] = {
     "gateway": {
         "port": PORT,
@@ -159,6 +169,7 @@ ROOT: dict[str, Table] = {
             "mode": _choice(None, "none", "token", "password"),
             "token": SECRET,
             "password": SECRET,
+            "tokens": [TOKEN],
             "rateLimit": {
                 "maxAttempts": _number(10, 1, 1000000, whole=True),
                 "windowMs": _number(60000, 1, 86400000, whole=True),
@@ -233,8 +244,9 @@ class Auth(NamedTuple):
     """Who may call."""
 
     mode: str  # "none", "token" or "password"
-    secret: str
+    secret: str  # "" where only those of `tokens` are let in
     rate_limit: RateLimit
+    tokens: tuple[Any, ...]  # as `build` was given them
 
     def __repr__(self) -> str:
         return f"Auth({self.mode!r})"
@@ -307,8 +319,11 @@ if TYPE_CHECKING:
         def near(self, word: str, words: Iterable[str]) -> str: ...
 
 
-def build(raw: Any, settings: Reading) -> Config:
-    """Return the Config of a tree that `settings` took. ConfigError: every problem, those of the reading too."""
+def build(raw: Any, settings: Reading, callers: Callable[..., tuple[Any, ...]]) -> Config:
+    """Return the Config of a tree that `settings` took. ConfigError: every problem, those of the reading too.
+
+    `callers(entries, secret, agents, settings)` makes of gateway.auth.tokens what `Auth.tokens` is.
+    """
     if raw is None and settings.problems:  # it could not be read: what follows would be guesswork
         raise ConfigError(settings.problems)
     tree = settings.check(raw, ROOT)
@@ -333,6 +348,8 @@ def build(raw: Any, settings: Reading) -> Config:
     logging["level"] = LEVELS.get(logging["level"], logging["level"])
     providers = _providers(tree, settings)
     agents = _agents(tree["agents"], providers, settings)
+    if listed := gateway["auth"]["tokens"]:
+        auth = auth._replace(tokens=callers(listed, auth.secret, agents, settings))
     secrets = {f"{prefix}_GATEWAY_{kind}" for prefix in settings.prefixes for kind in ("TOKEN", "PASSWORD")}
     if settings.ignored:
         settings.warnings.append(f"ignored, not known here: {', '.join(settings.ignored)}")
@@ -366,15 +383,20 @@ def _auth(section: dict[str, Any], settings: Reading) -> Auth:
     secrets = {kind: section[kind] for kind in kinds if section[kind]}
     if not secrets:  # those of the file decide alone
         secrets = {kind: secret for kind in kinds if (secret := settings.variable(f"GATEWAY_{kind.upper()}")[1])}
+    tokens = section["tokens"]
     if mode is None:
-        mode = next(iter(secrets), "none")
-    elif kinds and not secrets:
+        mode = next(iter(secrets), "token" if tokens else "none")
+    elif mode == "none" and tokens:
+        said = 'the mode is "none", which lets everyone in: leave one of the two out'
+        settings.problems.append(f"gateway.auth.tokens: {said}")
+    elif kinds and not secrets and not (mode == "token" and tokens):
         said = "type --token TOKEN, or set" if mode == "token" else "set"
         said += f" gateway.auth.{mode} or COPEPOD_GATEWAY_{mode.upper()}"
         settings.problems.append(f'gateway.auth.{mode}: is missing, and the mode is "{mode}": {said}')
     secret = str(secrets.get(mode, ""))
-    section.update({"mode": mode, "password": None, "token": None}, **{mode: secret} if secret else {})
-    return Auth(mode, secret, RateLimit(*section["rateLimit"].values()))
+    section |= {"mode": mode, "password": None, "token": None, "tokens": tokens or None}
+    section |= {mode: secret} if secret else {}
+    return Auth(mode, secret, RateLimit(*section["rateLimit"].values()), ())
 
 
 def _bind(bind: str, mode: str, settings: Reading) -> str:

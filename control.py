@@ -23,6 +23,8 @@ WAIT_MS = 30_000  # of an `agent.wait` that says nothing
 SHOWN = 100  # clients in a list of presence
 
 READ, WRITE, ADMIN = "operator.read", "operator.write", "operator.admin"
+CHAT = "chat"  # of a named token: the methods of its own runs and sessions
+CHATTING = ("agent", "agent.wait", "agent.identity.get", "agents.list")  # those; and chat.*, sessions.*
 EVENTS = ("connect.challenge", "agent", "chat", "presence", "tick", "health", "shutdown")
 CHANNELS = {  # the family's: its command line names one even when nothing is delivered
     "", "last", "webchat", "whatsapp", "telegram", "discord", "slack", "signal", "imessage", "msteams", "matrix",
@@ -47,8 +49,8 @@ if TYPE_CHECKING:
         """What is looked at of a run."""
 
         id: str
+        owner: str  # the name of the token that it was asked for with
         agent_id: str
-        session_key: str
 
     class Job(Protocol):
         """A run that was asked for by an idempotency key."""
@@ -64,9 +66,21 @@ if TYPE_CHECKING:
     class Jobs(Protocol):
         """Those runs."""
 
-        def get(self, key: str) -> Any: ...  # Job | None
+        def get(self, owner: str, key: str) -> Any: ...  # Job | None
+        def seen(self, owner: str, run_id: str) -> Any: ...  # Job | None; without an owner's name anyone's
         def add(self, run: Any) -> Any: ...  # Job
-        def wait(self, run_id: str, seconds: float, then: Callable[[Any], None]) -> Callable[[], None]: ...
+        def wait(self, owner: str, run_id: str, seconds: float, then: Callable[[Any], None]) -> Callable[[], None]: ...
+
+    class Caller(Protocol):
+        """Who was let in. Without a name, an operator: who has the shared secret."""
+
+        @property
+        def name(self) -> str: ...  # of its token
+        @property
+        def scopes(self) -> Collection[str]: ...
+        @property
+        def expires(self) -> float | None: ...  # seconds since the epoch
+        def same_as(self, other: Any) -> bool: ...  # it may do the same
 
     class Verdict(Protocol):
         """Whether a caller is let in."""
@@ -77,6 +91,10 @@ if TYPE_CHECKING:
         def retry_after(self) -> int: ...
         @property
         def missing(self) -> bool: ...
+        @property
+        def caller(self) -> Caller | None: ...
+        @property
+        def expired(self) -> str: ...  # when
 
     class Socket(Protocol):
         """A WebSocket. `post` sends at once, and closes a peer that leaves too much unread."""
@@ -90,7 +108,7 @@ if TYPE_CHECKING:
         def abort(self) -> None: ...
 
     class Hub(Protocol):
-        """What the gateway gives: its configuration as it is now, and the one way into an agent."""
+        """What the gateway gives, of what the one who asks may see; and the one way into an agent."""
 
         @property
         def version(self) -> str: ...
@@ -102,8 +120,13 @@ if TYPE_CHECKING:
         def agents(self) -> Mapping[str, str]: ...  # their names ("" where none) by id
         @property
         def uptime_ms(self) -> int: ...
+        @property
+        def reports(self) -> Mapping[str, Callable[..., Awaitable[Any]]]: ...
 
-        def admit(self, given: str | None, client: str, fields: Mapping[str, str]) -> Verdict: ...
+        def admit(self, given: Mapping[str, str], client: str, fields: Mapping[str, str]) -> Verdict: ...
+        def of(self, caller: Any) -> Any: ...  # the Hub of this caller
+        def key(self, run: Any) -> str: ...  # of its session
+        def bare(self, key: str) -> str: ...  # as the session's owner knows it
         def parse(self, message: str | bytes) -> Dict: ...
         def accept(self, agent: str, key: str, message: str, *, system: str, run_id: str, timeout: float) -> Any: ...
         def stop(self, run: Any, reason: str) -> bool: ...  # False: it has ended, or is being stored
@@ -113,8 +136,8 @@ if TYPE_CHECKING:
     class Events(Protocol):
         """Who hears what happens."""
 
-        def join(self, member: Callable[[bytes], None]) -> None: ...
-        def leave(self, member: Callable[[bytes], None]) -> None: ...
+        def join(self, member: Callable[[bytes], None], owner: str) -> None: ...
+        def leave(self, member: Callable[[bytes], None], owner: str) -> None: ...
         def tell(self, event: str, payload: Any, **more: Any) -> None: ...
 
 
@@ -132,8 +155,8 @@ class Refusal(Exception):
 class Client:
     """One connection."""
 
-    def __init__(self, socket: Socket, address: str, fields: Mapping[str, str], now: float) -> None:
-        self.socket, self.address, self.fields = socket, address, fields
+    def __init__(self, hub: Hub, socket: Socket, address: str, fields: Mapping[str, str], now: float) -> None:
+        self.hub, self.socket, self.address, self.fields = hub, socket, address, fields
         self.id = _new_id()
         self.opened = self.pinged = now
         self.alive = True  # something has come since the last ping
@@ -141,7 +164,8 @@ class Client:
         self.connected = False
         self.seq = 0
         self.role = "operator"
-        self.scopes: frozenset[str] = frozenset()
+        self.caller: Caller | None = None  # until it is let in
+        self.scopes: frozenset[str] = frozenset()  # that it has asked for
         self.about: Dict = {}  # for the list of presence
         self.asked: set[Callable[[], None]] = set()  # what takes it off the list of those who hear of a run's end
         self.waits: set[Callable[[], None]] = set()  # the same of its `agent.wait`s
@@ -154,11 +178,18 @@ class Client:
         """Whether it is present to the others; a command of the command line is gone before anyone has read of it."""
         return self.connected and self.about["mode"] != "cli"
 
-    def may(self, scope: str) -> bool:
-        if self.role != "operator":
-            return False
-        # As in the family, who may write may read.
-        return scope in self.scopes or ADMIN in self.scopes or (scope == READ and WRITE in self.scopes)
+    @property
+    def owner(self) -> str:
+        """The name of its token, "" for an operator's."""
+        return "" if self.caller is None else self.caller.name
+
+    def has(self, scope: str, method: str = "") -> bool:
+        """Whether its credential has the scope (for this method)."""
+        return self.caller is not None and _within(self.caller.scopes, scope, method)
+
+    def may(self, scope: str, method: str = "") -> bool:
+        """Whether it may do what needs `scope` (by this method): it has asked for it, and its credential has it."""
+        return self.role == "operator" and _within(self.scopes, scope, method) and self.has(scope, method)
 
     def push(self, event: bytes) -> None:
         """Send an event, JSON that lacks its number and its closing brace."""
@@ -186,6 +217,12 @@ class Client:
             self.refuse(id, job.error, job.payload)
 
 
+def _within(scopes: Collection[str], scope: str, method: str) -> bool:
+    if scope in scopes or ADMIN in scopes or (scope == READ and WRITE in scopes):  # who may write may read
+        return True
+    return CHAT in scopes and (method in CHATTING or method.startswith(("chat.", "sessions.")))
+
+
 def _new_id() -> str:
     text = os.urandom(16).hex()
     return f"{text[:8]}-{text[8:12]}-4{text[13:16]}-8{text[17:20]}-{text[20:]}"  # RFC 9562 5.4
@@ -196,21 +233,14 @@ def _now_ms() -> int:
 
 
 class Control:
-    """Serves the clients of the protocol.
+    """Serves the clients of the protocol. `hub` is that of the operators.
 
-    `problem(name, value)` says what is wrong with a method's parameters, or "". `reports` are the methods that only
-    tell or change what is stored: called with the parameters, and with (agent, key) where a session is meant.
+    `problem(name, value)` says what is wrong with a method's parameters, or "". A hub's `reports` are the methods that
+    only tell or change what is stored: called with the parameters, and with (agent, key) where a session is meant.
     """
 
-    def __init__(
-        self,
-        hub: Hub,
-        jobs: Jobs,
-        events: Events,
-        problem: Callable[[str, Any], str],
-        reports: Mapping[str, Callable[..., Awaitable[Any]]],
-    ) -> None:
-        self._hub, self._jobs, self._events, self._problem, self._reports = hub, jobs, events, problem, reports
+    def __init__(self, hub: Hub, jobs: Jobs, events: Events, problem: Callable[[str, Any], str]) -> None:
+        self._hub, self._jobs, self._events, self._problem = hub, jobs, events, problem
         self._clients: set[Client] = set()
         self._presence, self._changed = 1, False  # the number of its state, and whether it must be told
         self._health_told = time.monotonic()
@@ -230,14 +260,14 @@ class Control:
             "system-presence": (READ, self._system_presence),
             "config.get": (ADMIN, self._report("config.get")),
         }
-        for name in reports:
+        for name in hub.reports:
             self._methods.setdefault(name, (READ, self._report(name)))
 
     # A connection
 
-    async def serve(self, socket: Socket, address: str, fields: Mapping[str, str]) -> None:
-        """Serve one open connection of a client at `address` until it has ended."""
-        client = Client(socket, address, fields, time.monotonic())
+    async def serve(self, socket: Socket, address: str, fields: Mapping[str, str]) -> str:
+        """Serve one open connection of a client at `address` until it has ended. Returns the name of its token."""
+        client = Client(self._hub, socket, address, fields, time.monotonic())
         socket.on_activity = client.hear
         self._clients.add(client)
         try:
@@ -250,14 +280,18 @@ class Control:
                     await self._open(client, message)
         finally:
             self._clients.discard(client)
-            self._events.leave(client.push)
+            self._events.leave(client.push, client.owner)
             self._changed |= client.listed
             for leave in (*client.asked, *client.waits):
                 leave()
+        return client.owner
 
     def tick(self, now: float) -> None:
         """Ping, tick, drop who is silent. To be called once a second with `time.monotonic()`."""
+        wall = time.time()
         for client in list(self._clients):
+            if client.caller is not None and client.caller.expires is not None and client.caller.expires <= wall:
+                client.socket.close(POLICY, "the token has expired")
             if client.alive:
                 client.alive, client.silent_since = False, now
             if now - client.silent_since > SILENCE_SECONDS:
@@ -272,7 +306,7 @@ class Control:
         if self._changed:
             self._changed = False
             self._presence += 1
-            payload = {"presence": self._present()}
+            payload = {"presence": self._present("")}
             self._events.tell("presence", payload, stateVersion={"presence": self._presence, "health": 1})
         if self._clients and not self.closing and now - self._health_told >= HEALTH_SECONDS:
             self._health_told = now
@@ -280,9 +314,19 @@ class Control:
 
     async def _tell_health(self) -> None:
         try:
-            self._events.tell("health", await self._reports["health"]({}))
+            self._events.tell("health", await self._hub.reports["health"]({}))
         except Exception:
             log.exception("the health cannot be told")
+
+    def recheck(self, now: Callable[[Any], Caller | None]) -> None:
+        """End the connections of those who may no longer what they could; `now(caller)` is who it is after a reload."""
+        for client in list(self._clients):
+            if client.caller is not None:
+                current = now(client.caller)
+                if current is None or not client.caller.same_as(current):
+                    client.socket.close(POLICY, "the credential is no longer valid, or its rights have changed")
+                else:
+                    client.caller = current
 
     def announce(self, reason: str) -> None:
         """Tell every client that the gateway goes down."""
@@ -327,17 +371,17 @@ class Control:
         client.about = params["client"]
         if "device" in params:
             client.about["deviceId"] = params["device"]["id"]
-        health = await self._reports["health"]({}) if client.may(READ) else {}
+        health = await client.hub.reports["health"]({}) if client.may(READ) else {}
         client.connected = True
         self._changed |= client.listed
         client.answer(id, self._hello(client, health))
-        if client.may(READ):
-            self._events.join(client.push)
+        if client.may(READ, "chat.history"):  # events are of conversations
+            self._events.join(client.push, client.owner)
 
     def _admit(self, client: Client, auth: Dict) -> None:
-        mode = self._hub.mode
-        verdict = self._hub.admit(auth.get(mode), client.address, client.fields)
-        if verdict.ok:
+        verdict = self._hub.admit(auth, client.address, client.fields)
+        if verdict.caller is not None:
+            client.caller, client.hub = verdict.caller, self._hub.of(verdict.caller)
             return
         log.warning("%s: a WebSocket client without the right secret", client.address)
         if verdict.retry_after:
@@ -345,20 +389,23 @@ class Control:
             raise Refusal(UNAVAILABLE, message, retryable=True, retryAfterMs=verdict.retry_after * 1000)
         if verdict.missing:
             raise Refusal("NOT_PAIRED", "device identity required")
-        raise Refusal(INVALID, f"unauthorized: gateway {mode} mismatch")
+        if verdict.expired:
+            raise Refusal(INVALID, f"unauthorized: the token has expired, at {verdict.expired}")
+        raise Refusal(INVALID, f"unauthorized: gateway {self._hub.mode} mismatch")
 
     def _hello(self, client: Client, health: Dict) -> Dict:
-        default = self._hub.default_agent
+        default = client.hub.default_agent
+        methods = [name for name, (scope, _) in self._methods.items() if not client.owner or client.may(scope, name)]
         return {
             "type": "hello-ok",
             "protocol": PROTOCOL,
-            "server": {"version": self._hub.version, "host": os.uname().nodename, "connId": client.id},
-            "features": {"methods": list(self._methods), "events": list(EVENTS)},
+            "server": {"version": client.hub.version, "host": os.uname().nodename, "connId": client.id},
+            "features": {"methods": methods, "events": list(EVENTS)},
             "snapshot": {
-                "presence": self._present() if client.may(READ) else [],
+                "presence": self._present(client.owner) if client.may(READ) else [],
                 "health": health,
                 "stateVersion": {"presence": self._presence, "health": 1},
-                "uptimeMs": self._hub.uptime_ms,
+                "uptimeMs": client.hub.uptime_ms,
                 "sessionDefaults": {
                     "defaultAgentId": default,
                     "mainKey": "main",
@@ -401,7 +448,7 @@ class Control:
         scope, function = self._methods[method]
         if client.role != "operator":
             raise Refusal(INVALID, f"unauthorized role: {client.role}")
-        if not client.may(scope):
+        if not client.may(scope, method):
             raise Refusal(INVALID, f"missing scope: {scope}")
         return await function(client, frame["id"], self._params(method, frame))
 
@@ -415,25 +462,25 @@ class Control:
             for name, value in params.items()
         }
 
-    def _session(self, method: str, key: str, agent: str = "") -> tuple[str, str]:
+    def _session(self, hub: Hub, method: str, key: str, agent: str = "") -> tuple[str, str]:
         """Return the agent and the session that a key means; `main` is the default agent's main one. Refusal."""
         if key == "main":
-            key = f"agent:{agent or self._hub.default_agent}:main"
-        parts = key.split(":", 2)
+            key = f"agent:{agent or hub.default_agent}:main"
+        parts = hub.bare(key).split(":", 2)
         if len(parts) == 3 and parts[0] == "agent":
-            named = self._known(method, parts[1])
+            named = self._known(hub, method, parts[1])
             if agent not in ("", named):
                 message = f'invalid {method} params: agent "{agent}" does not match session key agent "{named}"'
                 raise Refusal(INVALID, message)
             agent = named
-        return agent or self._hub.default_agent, key
+        return agent or hub.default_agent, key
 
-    def _known(self, method: str, agent: str) -> str:
+    def _known(self, hub: Hub, method: str, agent: str) -> str:
         wanted = agent.strip().lower()
-        if wanted in self._hub.agents:
+        if wanted in hub.agents:
             return wanted
         if wanted == "main":  # the family's clients all send it
-            return self._hub.default_agent
+            return hub.default_agent
         raise Refusal(INVALID, f'invalid {method} params: unknown agent id "{agent[:100]}"')
 
     # Runs
@@ -441,19 +488,20 @@ class Control:
     async def _agent(self, client: Client, id: str, params: Dict) -> Answer:
         if (channel := params.get("channel", "last")) not in CHANNELS:
             raise Refusal(INVALID, f"invalid agent params: unknown channel: {channel[:100]}")
-        agent = self._known("agent", params["agentId"]) if "agentId" in params else ""
+        hub = client.hub
+        agent = self._known(hub, "agent", params["agentId"]) if "agentId" in params else ""
         key = params.get("sessionKey", "")
         if not key and "sessionId" in params:
-            found = await self._hub.find(params["sessionId"])
+            found = await hub.find(params["sessionId"])
             if found is not None and agent in ("", found[0]):
-                agent, key = self._known("agent", found[0]), found[1]
+                agent, key = self._known(hub, "agent", found[0]), found[1]
             else:
-                key = f"agent:{agent or self._hub.default_agent}:session:{params['sessionId']}"
+                key = f"agent:{agent or hub.default_agent}:session:{params['sessionId']}"
         elif not key:
             to = f"direct:{params['to']}" if "to" in params else "main"
-            key = f"agent:{agent or self._hub.default_agent}:{to}"
-        place = self._session("agent", key, agent)
-        job, _ = self._job(params, place, params.get("extraSystemPrompt", ""), params.get("timeout", 0))
+            key = f"agent:{agent or hub.default_agent}:{to}"
+        place = self._session(hub, "agent", key, agent)
+        job, _ = self._job(client, params, place, params.get("extraSystemPrompt", ""), params.get("timeout", 0))
         if job.payload is None:
             if len(job.then) >= MAX_WAITS:
                 raise Refusal(UNAVAILABLE, f"{MAX_WAITS} requests of this idempotencyKey are open", retryable=True)
@@ -473,30 +521,32 @@ class Control:
         return LATER
 
     async def _chat_send(self, client: Client, id: str, params: Dict) -> Answer:
-        place = self._session("chat.send", params["sessionKey"])
-        job, new = self._job(params, place, "", params.get("timeoutMs", 0) / 1000)
+        place = self._session(client.hub, "chat.send", params["sessionKey"])
+        job, new = self._job(client, params, place, "", params.get("timeoutMs", 0) / 1000)
         if job.payload is None:
             return {"runId": job.id, "status": "started" if new else "in_flight"}
         client.end(id, job)
         return LATER
 
-    def _job(self, params: Dict, place: tuple[str, str], system: str, timeout: float) -> tuple[Job, bool]:
-        """Return the run of this idempotency key, and whether it is new. Refusal.
+    def _job(
+        self, client: Client, params: Dict, place: tuple[str, str], system: str, timeout: float
+    ) -> tuple[Job, bool]:
+        """Return the run of this idempotency key of this owner, and whether it is new. Refusal.
 
         Nothing is awaited between the look and the start, so that of two requests at once only one starts it.
         """
-        key = params["idempotencyKey"]
-        job: Job | None = self._jobs.get(key)
+        key, owner, hub = params["idempotencyKey"], client.owner, client.hub
+        job: Job | None = self._jobs.get(owner, key)
         if job is not None and job.place == place:
             return job, False
-        if job is not None or any(run.id == key for run in self._hub.active()):
+        if job is not None or any(run.id == key and run.owner == owner for run in hub.active()):
             raise Refusal(INVALID, "this idempotencyKey is of a run in another session: use a fresh one")
-        run = self._hub.accept(*place, params["message"], system=system, run_id=key, timeout=timeout)
+        run = hub.accept(*place, params["message"], system=system, run_id=key, timeout=timeout)
         return self._jobs.add(run), True
 
     async def _agent_wait(self, client: Client, id: str, params: Dict) -> Answer:
         run_id = params["runId"]
-        job: Job | None = self._jobs.get(run_id)
+        job: Job | None = self._jobs.seen(client.owner, run_id)
         if job is not None and job.payload is not None:
             return job.waited
         if len(client.waits) >= MAX_WAITS:
@@ -506,62 +556,65 @@ class Control:
             client.waits.discard(leave)
             client.answer(id, {"runId": run_id, "status": "timeout"} if job is None else job.waited)
 
-        leave = self._jobs.wait(run_id, params.get("timeoutMs", WAIT_MS) / 1000, end)
+        leave = self._jobs.wait(client.owner, run_id, params.get("timeoutMs", WAIT_MS) / 1000, end)
         client.waits.add(leave)
         return LATER
 
     async def _chat_abort(self, client: Client, id: str, params: Dict) -> Answer:
-        agent, key = self._session("chat.abort", params["sessionKey"])
-        wanted = params.get("runId")
+        hub, wanted = client.hub, params.get("runId")
+        agent, key = self._session(hub, "chat.abort", params["sessionKey"])
         found = [
             run
-            for run in self._hub.active()
-            if run.session_key == key and (run.id == wanted if wanted else run.agent_id == agent)
+            for run in hub.active()
+            if hub.key(run) == key and (run.id == wanted if wanted else run.agent_id == agent)
         ]
-        ended = [run.id for run in found if self._hub.stop(run, "The run was aborted.")]
+        ended = [run.id for run in found if hub.stop(run, "The run was aborted.")]
         return {"ok": True, "aborted": bool(ended), "runIds": ended}
 
     # What is told of the gateway and its sessions
 
     def _report(self, name: str, of: str = "") -> Handler:
         """Return what answers the method `name`, about the session or the sessions that the parameter `of` names."""
-        report: Callable[..., Awaitable[Answer]] = self._reports[name]
 
         async def handler(client: Client, id: str, params: Dict) -> Answer:
+            hub = client.hub
+            report: Callable[..., Awaitable[Answer]] = hub.reports[name]
             if not of:
                 return await report(params)
-            agent = self._known(name, params["agentId"]) if "agentId" in params else ""
+            agent = self._known(hub, name, params["agentId"]) if "agentId" in params else ""
             if isinstance(params[of], str):
-                return await report(params, self._session(name, params[of], agent))
+                return await report(params, self._session(hub, name, params[of], agent))
             places = {}
             for key in params[of]:
                 with suppress(Refusal):  # of an agent that there is no more: missing, and no reason to tell nothing
-                    places[key] = self._session(name, key)
+                    places[key] = self._session(hub, name, key)
             return await report(params, places)
 
         return handler
 
     async def _identity(self, client: Client, id: str, params: Dict) -> Answer:
-        agent = self._known("agent.identity.get", params["agentId"]) if "agentId" in params else ""
+        hub = client.hub
+        agent = self._known(hub, "agent.identity.get", params["agentId"]) if "agentId" in params else ""
         if "sessionKey" in params:
-            agent, _ = self._session("agent.identity.get", params["sessionKey"], agent)
-        agent = agent or self._hub.default_agent
-        return {"agentId": agent, "name": self._hub.agents[agent] or agent}
+            agent, _ = self._session(hub, "agent.identity.get", params["sessionKey"], agent)
+        agent = agent or hub.default_agent
+        return {"agentId": agent, "name": hub.agents[agent] or agent}
 
     async def _system_presence(self, client: Client, id: str, params: Dict) -> Answer:
-        return self._present()
+        return self._present(client.owner)
 
-    def _present(self) -> list[Dict]:
-        """Return the gateway and its clients, SHOWN of them."""
+    def _present(self, owner: str) -> list[Dict]:
+        """Return the gateway and its clients, SHOWN of them; for a token's owner, its own."""
         host, now = os.uname(), _now_ms()
         about: Dict = {"host": host.nodename, "version": self._hub.version, "deviceFamily": host.sysname}
         about |= {"platform": f"{host.sysname} {host.release}".lower(), "modelIdentifier": host.machine}
         text = f"Gateway: {host.nodename} · app {self._hub.version}"
         entries = [{**about, "mode": "gateway", "reason": "self", "text": text, "ts": now}]
-        there = [client for client in self._clients if client.listed]
+        there = [client for client in self._clients if client.listed and owner in ("", client.owner)]
         for client in there[:SHOWN]:
             about = {key: value for key, value in client.about.items() if key not in ("id", "displayName")}
             name = client.about.get("displayName", client.about["id"])
-            about |= {"host": name, "roles": [client.role], "scopes": sorted(client.scopes & {READ, WRITE, ADMIN})}
+            scopes = [scope for scope in (ADMIN, READ, WRITE) if scope in client.scopes and client.has(scope)]
+            about |= {"host": name, "roles": [client.role], "scopes": scopes}
             entries.append({**about, "reason": "connect", "text": f"Client: {name}", "ts": now})
         return entries

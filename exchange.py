@@ -55,8 +55,8 @@ class Exchange:
     """One request and its answer. `wire` has HTTP/1.1's functions, which raise its errors."""
 
     __slots__ = (
-        "agent", "bodiless", "client", "close", "connection", "fields", "id", "read", "request", "sent", "started",
-        "status", "wire",
+        "agent", "bodiless", "caller", "client", "close", "connection", "fields", "id", "read", "request", "sent",
+        "started", "status", "wire",
     )  # fmt: skip
 
     def __init__(self, connection: Any, wire: Wire) -> None:
@@ -64,7 +64,7 @@ class Exchange:
         self.request: Request | None = None
         self.id = f"req_{os.urandom(16).hex()}"
         self.client = connection.peer
-        self.agent = "-"
+        self.agent = self.caller = "-"  # the second: the name of the caller's token
         self.fields: list[tuple[str, str]] = [("x-request-id", self.id)]
         self.started = now()
         self.status = 0  # as answered; 0: not yet

@@ -1,4 +1,4 @@
-"""The events of all runs to all who watch: encoded once, joined in time, and no work while nobody does."""
+"""The events of runs to those who may watch: encoded once for each kind of them, joined in time, no work for nobody."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ if TYPE_CHECKING:
         """What is looked at of a run."""
 
         id: str
-        session_key: str
+        owner: str  # the name of the token that it was asked for with
+        session_key: str  # as its owner knows it
+        lane: tuple[str, str]  # agent id, and the key as the operators know it
         answer: list[str]
 
 
@@ -48,30 +50,35 @@ class _Watch:
 
 
 class Fanout:
-    """Tells every member of the runs' events, as JSON of `{"type":"event",...` without its closing brace.
+    """Tells its members of the runs' events, as JSON of `{"type":"event",...` without its closing brace.
 
-    A member is a function that must return at once; it adds what is its own (`seq`) and sends. `observers` is the
-    runs' list of them: we are on it only while there are members.
+    A member is a function that must return at once; it adds what is its own (`seq`) and sends. One without an owner's
+    name, an operator, is told of all runs, any other of its owner's. `observers` is the runs' list of them: we are on
+    it only while there are members.
     """
 
     def __init__(
         self, observers: list[Callable[[Any, tuple[str, Any]], None]], clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._observers, self._clock = observers, clock
-        self._members: dict[Callable[[bytes], None], None] = {}  # in the order in which they came
-        self._watches: dict[str, _Watch] = {}
+        # By their owner's name, in the order in which they came; no owner is there without a member.
+        self._members: dict[str, dict[Callable[[bytes], None], None]] = {}
+        self._watches: dict[Run, _Watch] = {}  # not by their ids, which two owners may both have chosen
 
-    def join(self, member: Callable[[bytes], None]) -> None:
+    def join(self, member: Callable[[bytes], None], owner: str = "") -> None:
         """Tell `member` too, from now on."""
         if not self._members:
             self._observers.append(self._take)
-        self._members[member] = None
+        self._members.setdefault(owner, {})[member] = None
 
-    def leave(self, member: Callable[[bytes], None]) -> None:
+    def leave(self, member: Callable[[bytes], None], owner: str = "") -> None:
         """Tell `member` no more. Safe to call again."""
-        if member not in self._members:
+        members = self._members.get(owner, {})
+        if member not in members:
             return
-        del self._members[member]
+        del members[member]
+        if not members:
+            del self._members[owner]
         if self._members:
             return
         self._observers.remove(self._take)
@@ -80,18 +87,20 @@ class Fanout:
                 watch.timer.cancel()
         self._watches.clear()
 
-    def tell(self, event: str, payload: Any, **more: Any) -> None:
-        """Tell every member of `event`."""
-        if self._members:
+    def tell(self, event: str, payload: Any, owner: str = "", **more: Any) -> None:
+        """Tell this owner's members, or the operators, of `event`."""
+        if members := self._members.get(owner):
             data = encode({"type": "event", "event": event, "payload": payload, **more})[:-1].encode()
-            for member in list(self._members):
+            for member in list(members):
                 member(data)
 
     def _take(self, run: Run, event: tuple[str, Any]) -> None:
         kind, data = event
-        watch = self._watches.get(run.id)
+        watch = self._watches.get(run)
         if watch is None:
-            watch = self._watches[run.id] = _Watch(run)
+            if "" not in self._members and run.owner not in self._members:
+                return
+            watch = self._watches[run] = _Watch(run)
         if kind == "delta":
             watch.words.append(data)
             if watch.timer is None:
@@ -104,7 +113,7 @@ class Fanout:
         elif kind in ("end", "error"):
             self._tell_words(watch, last=True)
             self._end(watch, None if kind == "end" else data)
-            del self._watches[run.id]
+            del self._watches[run]
 
     def _tell_words(self, watch: _Watch, last: bool = False) -> None:
         """Tell of the words that wait, each where it is time for it; the rest by a timer. `last`: all, and no timer."""
@@ -142,12 +151,20 @@ class Fanout:
     def _agent(self, watch: _Watch, stream: str, data: dict[str, Any]) -> None:
         watch.seq += 1
         run = watch.run
-        payload = {"runId": run.id, "stream": stream, "data": data, "sessionKey": run.session_key}
-        self.tell("agent", {**payload, "seq": watch.seq, "ts": _ms()})
+        payload = {"runId": run.id, "stream": stream, "data": data, "seq": watch.seq, "ts": _ms()}
+        self._tell(run, "agent", payload)
 
     def _chat(self, watch: _Watch, state: str, more: dict[str, Any]) -> None:
         run = watch.run
-        self.tell("chat", {"runId": run.id, "sessionKey": run.session_key, "seq": watch.seq, "state": state, **more})
+        self._tell(run, "chat", {"runId": run.id, "seq": watch.seq, "state": state, **more})
+
+    def _tell(self, run: Run, event: str, payload: dict[str, Any]) -> None:
+        """Tell the operators, and whose run it is: each by the key that they know its session by."""
+        payload["sessionKey"] = run.lane[1]
+        self.tell(event, payload)
+        if run.owner:
+            payload["sessionKey"] = run.session_key
+            self.tell(event, payload, run.owner)
 
 
 def message(text: str) -> dict[str, Any]:

@@ -83,6 +83,7 @@ EXPOSED = (
 )
 
 GOING_DOWN = "The gateway is going down."
+REVOKED = "This token is no longer valid, or its rights have changed."
 
 log = logging.getLogger("copepod")
 
@@ -96,6 +97,7 @@ class House:
         self.gate = auth.Gate(
             config.auth.mode,
             config.auth.secret,
+            named=config.auth.tokens,
             max_attempts=limit.max_attempts,
             window_ms=limit.window_ms,
             lockout_ms=limit.lockout_ms,
@@ -103,6 +105,9 @@ class House:
             trusted=config.trusted_proxies,
         )
         self.directory = chat.Directory(config.agents, config.default_agent, config.brands)
+        self.directories = {"": self.directory}  # by the name of the caller's token
+        for caller in config.auth.tokens:
+            self.directories[caller.name] = chat.Directory(*_agents_of(config, caller), config.brands)
         made: dict[str, runs.Provider] = {}
         self.providers: dict[str, list[tuple[str, str, runs.Provider]]] = {}
         for agent in config.agents.values():
@@ -133,6 +138,14 @@ class House:
         return providers.echo()
 
 
+def _agents_of(config: Config, caller: auth.Caller) -> tuple[dict[str, configuration.Agent], str]:
+    """Return the agents that a caller may use, in their order, and which of them is its default one."""
+    if caller.agents is None:
+        return config.agents, config.default_agent
+    own = {name: agent for name, agent in config.agents.items() if name in caller.agents}
+    return own, config.default_agent if config.default_agent in own else next(iter(own), "")
+
+
 def _overloaded(message: str) -> APIError:
     return APIError(503, message, type="overloaded_error", fields=[("Retry-After", "1")])
 
@@ -158,13 +171,19 @@ def _module_files() -> list[str]:
 
 
 class Desk:
-    """What the gateway protocol's side sees of the gateway: its configuration as it is now, and its runs."""
+    """What the gateway protocol's side sees of the gateway: its configuration as it is now, and its runs.
+
+    A named token's owner sees of both what is its own.
+    """
 
     version = VERSION
 
-    def __init__(self, gateway: Gateway) -> None:
-        self._gateway, self._begun = gateway, now()
-        self.store = gateway.store
+    def __init__(self, gateway: Gateway, caller: auth.Caller = auth.ANYONE) -> None:
+        self._gateway, self._caller, self._owner = gateway, caller, caller.name
+        self.store: Any = gateway.store
+        if self._owner:
+            self.store = sessions.Shelf(gateway.store, runs.namespace(self._owner), caller.agents)
+        self.reports = reports.Reports(self).methods
         self.store_name = os.path.basename(gateway.house.config.store)
 
     @property
@@ -177,27 +196,40 @@ class Desk:
 
     @property
     def default_agent(self) -> str:
-        return self._config.default_agent
+        return _agents_of(self._config, self._caller)[1]
 
     @property
     def agents(self) -> dict[str, str]:
-        return {agent.id: agent.name if agent.name != agent.id else "" for agent in self._config.agents.values()}
+        agents = _agents_of(self._config, self._caller)[0].values()
+        return {agent.id: agent.name if agent.name != agent.id else "" for agent in agents}
 
     @property
     def uptime_ms(self) -> int:
-        return int((now() - self._begun) * 1000)
+        return int((now() - self._gateway.begun) * 1000)
 
     @property
     def models(self) -> list[dict[str, Any]]:
-        models = {model: model for agent in self._config.agents.values() for model in agent.models}
-        for name, provider in self._config.providers.items():
+        agents = _agents_of(self._config, self._caller)[0].values()
+        models = {model: model for agent in agents for model in agent.models}
+        for name, provider in self._config.providers.items() if self._caller.agents is None else ():
             listed = provider.options.get("models") or ()
             models |= {f"{name}/{model['id']}": model.get("name") or model["id"] for model in listed if "id" in model}
         parts = ((model.partition("/"), name) for model, name in models.items())
         return [{"id": rest or first, "name": name, "provider": first} for (first, _, rest), name in parts]
 
-    def admit(self, given: str | None, client: str, fields: Mapping[str, str]) -> auth.Verdict:
-        return self._gateway.house.gate.admit(given, client, fields)
+    def admit(self, given: Mapping[str, str], client: str, fields: Mapping[str, str]) -> auth.Verdict:
+        gate = self._gateway.house.gate
+        secret = given.get(gate.mode) or (given.get("token") if gate.named else None)
+        return gate.admit(secret, client, fields)
+
+    def of(self, caller: auth.Caller) -> Desk:
+        return Desk(self._gateway, caller) if caller.name else self
+
+    def key(self, run: runs.Run) -> str:
+        return run.session_key if self._owner else run.lane[1]
+
+    def bare(self, key: str) -> str:
+        return key if self._owner or not key.startswith("token:") else key.split(":", 2)[-1]
 
     def parse(self, message: str | bytes) -> dict[str, Any]:
         try:
@@ -209,7 +241,9 @@ class Desk:
         gateway, target = self._gateway, chat.Target(agent, key, True)
         messages = [{"role": "user", "content": message}]
         try:
-            return gateway.accept(gateway.house, target, message, messages, system, None, (run_id, ""), timeout or None)
+            ids = (run_id, "")
+            caller = self._caller
+            return gateway.accept(gateway.house, target, message, messages, system, None, ids, timeout or None, caller)
         except runs.RunError as e:
             raise control.Refusal(**jobs.told(e.kind, str(e), e.retry_after)) from None
 
@@ -221,10 +255,11 @@ class Desk:
         return self._gateway.runs.stop(run, runs.RunError("cancelled", reason))
 
     def active(self) -> list[runs.Run]:
-        return list(self._gateway.runs.active)
+        return [run for run in self._gateway.runs.active if self._owner in ("", run.owner)]
 
     async def find(self, session_id: str) -> tuple[str, str] | None:
-        return await self.store.find(session_id)
+        found: tuple[str, str] | None = await self.store.find(session_id)
+        return found
 
     def troubles(self) -> list[str]:
         draining = ["the gateway is going down"] if self._gateway.draining else []
@@ -250,16 +285,17 @@ class Gateway:
         if not isinstance(config, Config):
             # Another program's files are its own: without a word about it, sessions are kept in memory.
             reading = _reading(os.environ)
-            config = configuration.build(reading.take(settings.embedded(config or {}, agents or {})), reading)
+            config = _build(reading, reading.take(settings.embedded(config or {}, agents or {})))
         self._agents = {name.lower(): function for name, function in (agents or {}).items()}
         self._pool = pool.Pool(http1.format_request, http1.read_answer)
         self.house = House(config, self._agents, self._pool.request)
         self.store = sessions.Store(config.store, config.max_messages)
         self.runs = runs.Runs(config.max_concurrent, self.store.load, self.store.append, providers.checked)
+        self.begun = now()
         desk = Desk(self)
         self.jobs = jobs.Jobs(desk.drive, self.runs.observers)
         events = fanout.Fanout(self.runs.observers)
-        self.control = control.Control(desk, self.jobs, events, schema.problem, reports.Reports(desk).methods)
+        self.control = control.Control(desk, self.jobs, events, schema.problem)
         self.created = int(time.time())
         self.draining = self.ready = self._hurried = False
         self.connections: set[Connection] = set()
@@ -372,9 +408,20 @@ class Gateway:
         house = House(config, self._agents, self._pool.request)
         if (config.auth, config.trusted_proxies) == (self.house.config.auth, self.house.config.trusted_proxies):
             house.gate = self.house.gate  # with the failures that it remembers
-        self.house = house
+        old, self.house = self.house.gate, house
+        if house.gate is not old:
+            self._revoke(old, house.gate)
         self.runs.max_concurrent = config.max_concurrent
         self.runs.fill()
+
+    def _revoke(self, old: auth.Gate, gate: auth.Gate) -> None:
+        """End what those do who may no longer what they could: their WebSockets, and the runs of named tokens."""
+        gate.follow(old)
+        # The shared secret is another one in another mode; who has a named token does not care.
+        self.control.recheck(lambda caller: gate.now(caller) if caller.name or gate.mode == old.mode else None)
+        gone = {caller.name for caller in old.named.values() if not caller.same_as(gate.now(caller))}
+        for run in [run for run in self.runs.active if run.owner in gone]:
+            self.runs.stop(run, runs.RunError("revoked", REVOKED, taken=run.placed))
 
     def _connection(self) -> Connection:
         return Connection(
@@ -481,12 +528,12 @@ class Gateway:
         path = request.path
         if path == "/v1/chat/completions" and house.config.chat_completions:
             self._check_method(request, "POST")
-            self._check_credential(x, request, house)
-            await self._chat(x, request, house)
+            caller = self._check_credential(x, request, house)
+            await self._chat(x, request, house, caller)
         elif (path == "/v1/models" or path.startswith("/v1/models/")) and house.config.chat_completions:
             self._check_method(request, "GET", "HEAD")
-            self._check_credential(x, request, house)
-            self._models(x, path, house)
+            caller = self._check_credential(x, request, house)
+            self._models(x, path, house.directories[caller.name])
         elif path in ("/healthz", "/readyz"):
             self._check_method(request, "GET", "HEAD")
             self._health(x, path)
@@ -537,7 +584,7 @@ class Gateway:
         )
         self.upgraded.add(c)
         try:
-            await self.control.serve(websocket, x.client, request.fields)
+            x.caller = await self.control.serve(websocket, x.client, request.fields) or x.caller
         finally:
             self.upgraded.discard(c)
             x.close = True
@@ -547,11 +594,18 @@ class Gateway:
             names = ", ".join(allowed)
             raise APIError(405, f"{request.path} answers {names} only.", fields=[("Allow", names)])
 
-    def _check_credential(self, x: Exchange, request: http1.Request, house: House) -> None:
+    def _check_credential(self, x: Exchange, request: http1.Request, house: House) -> auth.Caller:
         fields = request.fields
         verdict = house.gate.admit(auth.bearer(fields.get("authorization")), x.client, fields)
-        if not verdict.ok:
-            raise chat.credential_error(house.config.auth.mode, verdict.retry_after, verdict.missing)
+        caller = verdict.caller
+        if caller is None:
+            mode = house.config.auth.mode
+            raise chat.credential_error(mode, verdict.retry_after, verdict.missing, verdict.expired)
+        if caller.name:
+            x.caller = caller.name
+            if not caller.may_chat():
+                raise APIError(403, "This token lacks the scope `chat`.", type="permission_error")
+        return caller
 
     def _health(self, x: Exchange, path: str) -> None:
         if path == "/readyz" and (self.draining or not self.ready):
@@ -559,22 +613,22 @@ class Gateway:
         lost = path == "/readyz" and self.runs.store_error
         x.send(200, b'{"status":"degraded","store":"a session could not be kept"}' if lost else b'{"status":"ok"}')
 
-    def _models(self, x: Exchange, path: str, house: House) -> None:
+    def _models(self, x: Exchange, path: str, directory: chat.Directory) -> None:
         if path == "/v1/models":
-            x.send(200, chat.model_list(list(house.config.agents), self.created))
+            x.send(200, chat.model_list(list(directory.agents), self.created))
             return
         from urllib.parse import unquote
 
-        agent = house.directory.by_alias(unquote(path.removeprefix("/v1/models/")))
+        agent = directory.by_alias(unquote(path.removeprefix("/v1/models/")))
         x.send(200, chat.model_object(agent, self.created))
 
-    async def _chat(self, x: Exchange, request: http1.Request, house: House) -> None:
+    async def _chat(self, x: Exchange, request: http1.Request, house: House, caller: auth.Caller) -> None:
         if request.fields.get("content-encoding", "identity").lower() not in ("", "identity"):
             fields = [("Accept-Encoding", "identity")]  # RFC 9110 12.5.3
             raise APIError(415, "The body's Content-Encoding is not understood; send plain JSON.", fields=fields)
         call = chat.parse_request(await x.body(request))  # without a name: the run would keep it
         uuid = chat.as_uuid(x.id[4:])  # so that the log's request and the client's completion have one number
-        target = house.directory.resolve(call.model, call.user, request.fields, uuid)
+        target = house.directories[caller.name].resolve(call.model, call.user, request.fields, uuid)
         x.agent = target.agent_id
         x.fields += [
             ("x-copepod-session-key", chat.printable(target.session_key)),
@@ -584,7 +638,7 @@ class Gateway:
         c.watch()
         try:
             ids = (f"chatcmpl_{uuid}", uuid)
-            run = self.accept(house, target, call.message, call.messages, call.system, call.params, ids)
+            run = self.accept(house, target, call.message, call.messages, call.system, call.params, ids, caller=caller)
             if call.stream:
                 unsent = c.transport.get_write_buffer_size
                 stream = chat.EventStream(run.id, call.model, call.include_usage, Stream(x).send, unsent, now)
@@ -620,13 +674,16 @@ class Gateway:
         params: Mapping[str, Any] | None = None,
         ids: tuple[str, str] = ("", ""),
         timeout: float | None = None,
+        caller: auth.Caller = auth.ANYONE,
     ) -> runs.Run:
-        """Queue a turn: the one way into an agent, for every front. RunError: overloaded.
+        """Queue a turn: the one way into an agent, for every front. RunError: overloaded, limited, revoked.
 
         `ids` are the run's and that of a session that is not kept; where they are empty, new ones are made.
         """
         if self.draining:
             raise runs.RunError("overloaded", GOING_DOWN)
+        if caller.name:
+            self._permit(caller)
         agent = house.config.agents[target.agent_id]
         prompt = agent.system_prompt
         run = runs.Run(
@@ -641,14 +698,26 @@ class Gateway:
             stored=target.stored,
             run_id=ids[0],
             session_id=ids[1],
+            owner=caller.name,
         )
         self.runs.accept(run)
         return run
 
+    def _permit(self, caller: auth.Caller) -> None:
+        """Count a run of a named token. RunError: it may have none, any more or for the moment."""
+        gate = self.house.gate  # as it is now: the request may have come before a reload
+        current = gate.now(caller)
+        if current is None or not caller.same_as(current):
+            raise runs.RunError("revoked", REVOKED)
+        if left := gate.spend(current):
+            message = f"This token may ask for {current.per_minute} runs a minute; try again in {left} seconds."
+            raise runs.RunError("limited", message, retry_after=left)
+
     def _log(self, x: Exchange) -> None:
         if self.access_log is not None and (x.request is not None or x.status):
             method, path = (x.request.method, x.request.path[:100]) if x.request is not None else ("-", "-")
-            self.access_log(x.id, x.client, method, path, x.status, x.sent, (now() - x.started) * 1000, x.agent)
+            ms = (now() - x.started) * 1000
+            self.access_log(x.id, x.client, method, path, x.status, x.sent, ms, x.agent, x.caller)
 
 
 # The program
@@ -657,7 +726,11 @@ class Gateway:
 def load_config(path: str | None, environ: Mapping[str, str], overrides: Sequence[tuple[str, str]] = ()) -> Config:
     """Return the Config of this file; None: of the one that is found, or the built-in default. ConfigError."""
     reading = _reading(environ)
-    return configuration.build(reading.read(path, overrides), reading)
+    return _build(reading, reading.read(path, overrides))
+
+
+def _build(reading: settings.Settings, tree: Any) -> Config:
+    return configuration.build(tree, reading, auth.callers)
 
 
 def _reading(environ: Mapping[str, str]) -> settings.Settings:
@@ -813,6 +886,18 @@ def _command_show(options: Namespace) -> int:
     return 0
 
 
+def _command_token(options: Namespace) -> int:
+    token, reading = auth.new_token(), _reading({})
+    entry = {"name": options.name, "tokenSha256": auth.digest(token).hex()}
+    entry |= {key: given for key in ("agents", "scopes", "expires") if (given := getattr(options, key)) is not None}
+    at, agents = "gateway.auth.tokens[0]", [agent.lower() for agent in options.agents or ()]
+    auth.callers([reading.check(entry, configuration.TOKEN, at)], "", agents, reading)
+    if reading.problems:
+        raise cli.UsageError("; ".join(problem.removeprefix(f"{at}.") for problem in reading.problems))
+    cli.print_token(token, entry)
+    return 0
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program with `argv` (default: the process's own). Returns the exit status."""
     commands_ = {
@@ -823,6 +908,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "status": _command_health,
         "config check": _command_check,
         "config show": _command_show,
+        "token new": _command_token,
     }
     expected = (OSError, ConfigError, sessions.StoreError, runs.RunError, APIError, remote.RemoteError)
     return cli.run(sys.argv[1:] if argv is None else argv, commands_, VERSION, expected)

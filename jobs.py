@@ -13,6 +13,7 @@ ENDED_SECONDS = 300.0  # and how long
 MAX_REMEMBERED = 32 * 1024 * 1024  # characters of their answers
 
 Dict = dict[str, Any]
+Key = tuple[str, str]  # a run's owner and its id, which two owners may both have chosen
 CUT: Dict = {"kind": "cancelled", "message": "The run was cut.", "retry_after": None}
 
 
@@ -22,7 +23,9 @@ if TYPE_CHECKING:
         """What is looked at of a run."""
 
         id: str
-        lane: tuple[str, str]  # agent id and session key
+        owner: str  # the name of the token that it was asked for with
+        agent_id: str
+        session_key: str  # as its owner knows it
         turn: Dict
         usage: dict[str, int]
         provider: str
@@ -35,7 +38,7 @@ class Job:
     """A run under its idempotency key, which is the run's id."""
 
     def __init__(self, run: Run) -> None:
-        self.id, self.place = run.id, run.lane
+        self.id, self.place = run.id, (run.agent_id, run.session_key)
         self.accepted_at = _now_ms()
         self.payload: Dict | None = None  # of the last answer, once the run has ended
         self.error: Dict | None = None  # of the last answer; None: it went well
@@ -85,7 +88,7 @@ def final(run: Run, error: Dict | None = None) -> Dict:
 def told(kind: str, message: str, retry_after: int | None) -> Dict:
     """Return a run's failure as the protocol's error; `retry_after` in seconds."""
     error: Dict = {"code": "AGENT_TIMEOUT" if kind == "timeout" else "UNAVAILABLE", "message": message}
-    if kind in ("overloaded", "rate_limited"):
+    if kind in ("overloaded", "rate_limited", "limited"):
         error |= {"retryable": True, "retryAfterMs": (retry_after or 1) * 1000}
     return error
 
@@ -102,19 +105,28 @@ class Jobs:
         observers: list[Callable[[Any, tuple[str, Any]], None]],
     ) -> None:
         self._drive, self._observers = drive, observers
-        self._running: dict[str, Job] = {}
-        self._ended: OrderedDict[str, Job] = OrderedDict()  # those to forget first come first
+        self._running: dict[Key, Job] = {}
+        self._ended: OrderedDict[Key, Job] = OrderedDict()  # those to forget first come first
         self._remembered = 0  # characters of their answers
-        self._waits: dict[str, list[Callable[[Job], None]]] = {}  # by the id of a run that has not ended, or not begun
+        # By who waits, and the id of a run that has not ended, or not begun.
+        self._waits: dict[Key, list[Callable[[Job], None]]] = {}
         self.tasks: set[asyncio.Task[None]] = set()
 
-    def get(self, key: str) -> Job | None:
-        """Return the run of this key, running or remembered."""
-        return self._running.get(key) or self._ended.get(key)
+    def get(self, owner: str, key: str) -> Job | None:
+        """Return the owner's run of this key, running or remembered."""
+        return self._running.get((owner, key)) or self._ended.get((owner, key))
+
+    def seen(self, owner: str, run_id: str) -> Job | None:
+        """Return the run that `owner` means by this id: its own; without an owner's name, an operator, anyone's."""
+        job = self.get(owner, run_id)
+        if job is None and not owner:
+            known = (*self._running.items(), *self._ended.items())
+            job = next((job for (_, id), job in known if id == run_id), None)
+        return job
 
     def add(self, run: Run) -> Job:
         """Take an accepted run to its end, whoever stays to hear of it."""
-        job = self._running[run.id] = Job(run)
+        job = self._running[run.owner, run.id] = Job(run)
         task = asyncio.get_running_loop().create_task(self._work(job, run))
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
@@ -130,26 +142,27 @@ class Jobs:
     def _end(self, job: Job, run: Run, error: Dict | None) -> None:
         job.end(run, error)
         job.forget_at = time.monotonic() + ENDED_SECONDS
-        self._ended[run.id] = self._running.pop(run.id)
+        self._ended[run.owner, run.id] = self._running.pop((run.owner, run.id))
         self._remembered += job.size
-        for then in [*job.then, *self._waits.get(run.id, ())]:
+        for then in [*job.then, *self._waiting(run)]:
             then(job)
         job.then.clear()
         while len(self._ended) > MAX_ENDED or self._remembered > MAX_REMEMBERED:
             self._forget()
 
-    def wait(self, run_id: str, seconds: float, then: Callable[[Job | None], None]) -> Callable[[], None]:
+    def wait(self, owner: str, run_id: str, seconds: float, then: Callable[[Job | None], None]) -> Callable[[], None]:
         """Call `then` once with the run, when it has ended, or None when the time is up. Returns what calls it off."""
         if not self._waits:
             self._observers.append(self._see)
-        waits = self._waits.setdefault(run_id, [])
+        key = (owner, run_id)
+        waits = self._waits.setdefault(key, [])
 
         def leave() -> None:
             timer.cancel()
             if end in waits:
                 waits.remove(end)
-            if not waits and self._waits.get(run_id) is waits:
-                del self._waits[run_id]
+            if not waits and self._waits.get(key) is waits:
+                del self._waits[key]
                 if not self._waits:
                     self._observers.remove(self._see)
 
@@ -164,11 +177,18 @@ class Jobs:
     def _see(self, run: Run, event: tuple[str, Any]) -> None:
         """Tell those who wait for a run that another front has asked for."""
         kind, data = event
-        if kind in ("end", "error") and run.id in self._waits and run.id not in self._running:
+        if kind in ("end", "error") and (run.owner, run.id) not in self._running and (waiting := self._waiting(run)):
             job = Job(run)
             job.end(run, data if kind == "error" else None)
-            for then in list(self._waits[run.id]):
+            for then in waiting:
                 then(job)
+
+    def _waiting(self, run: Run) -> list[Callable[[Job], None]]:
+        """Return who is told of the run's end: its owner, and the operators where they have no run of this id."""
+        waiting = list(self._waits.get((run.owner, run.id), ()))
+        if run.owner and ("", run.id) not in self._running:
+            waiting += self._waits.get(("", run.id), ())
+        return waiting
 
     def sweep(self, now: float) -> None:
         """Forget what is old. To be called once a second or so, with `time.monotonic()`."""

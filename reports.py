@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     class Run(Protocol):
         """What is looked at of a run."""
 
-        lane: Place
+        agent_id: str
         placed: bool
 
     class Store(Protocol):
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
         async def patch(self, agent: str, key: str, fields: Dict) -> Dict: ...
 
     class Hub(Protocol):
-        """What the gateway gives: its configuration as it is now."""
+        """What the gateway gives, of what the one who asks may see: its configuration as it is now."""
 
         @property
         def version(self) -> str: ...
@@ -67,6 +67,7 @@ if TYPE_CHECKING:
         def store_name(self) -> str: ...  # for people; no path of the host
         def stop(self, run: Any, reason: str) -> bool: ...
         def active(self) -> Collection[Run]: ...
+        def key(self, run: Any) -> str: ...  # of its session
         def troubles(self) -> list[str]: ...  # what keeps the gateway from being well
         def config(self) -> Dict: ...  # in effect, secrets redacted
 
@@ -233,7 +234,7 @@ class Reports:
 
     def _end(self, place: Place, reason: str) -> None:
         """End the session's runs: what they say would be the first words of the next one."""
-        for run in [run for run in self._hub.active() if run.lane == place]:
+        for run in [run for run in self._hub.active() if (run.agent_id, self._hub.key(run)) == place]:
             self._hub.stop(run, reason)
 
     async def _patch(self, params: Dict, place: Place) -> Dict:

@@ -43,13 +43,18 @@ def _new_id() -> str:
     return f"{text[:8]}-{text[8:12]}-4{text[13:16]}-8{text[17:20]}-{text[20:]}"  # RFC 9562 5.4
 
 
+def namespace(owner: str) -> str:
+    """Return what the stored keys of the sessions of a token's owner begin with, and nobody else's."""
+    return f"token:{owner}:"
+
+
 class Run:
-    """One turn of one agent in one session."""
+    """One turn of one agent in one session. `session_key` is its key as its owner knows it, `lane` as it is stored."""
 
     __slots__ = (
         "agent_id", "answer", "cancels", "deadline", "ended_at", "finish_reason", "gate", "gone", "id", "lane", "lost",
-        "outside", "placed", "provider", "providers", "room", "said", "session_key", "spoken", "started_at", "stopping",
-        "stored", "task", "turn", "usage",
+        "outside", "owner", "placed", "provider", "providers", "room", "said", "session_key", "spoken", "started_at",
+        "stopping", "stored", "task", "turn", "usage",
     )  # fmt: skip
 
     def __init__(
@@ -66,14 +71,17 @@ class Run:
         stored: bool,
         run_id: str = "",
         session_id: str = "",
+        owner: str = "",
     ) -> None:
         self.id = run_id or _new_id()
         session_id = session_id or _new_id()
         self.agent_id, self.session_key, self.providers, self.stored = agent_id, session_key, providers, stored
+        self.owner = owner  # the name of the token that it was asked for with
+        stored_key = namespace(owner) + session_key if owner else session_key
         self.turn: dict[str, Any] = {  # what a provider is given
             "run_id": self.id,
             "agent_id": agent_id,
-            "session_key": session_key,
+            "session_key": stored_key,  # an agent that remembers something by it must not mix two owners' either
             "session_id": session_id,  # a stored session has its own
             "message": message,  # the text of the turn
             "messages": messages,  # the whole conversation, with it
@@ -81,7 +89,7 @@ class Run:
             "params": params or {},
             "model": "",
         }
-        self.lane = (agent_id, session_key)
+        self.lane = (agent_id, stored_key)
         self.deadline = time.monotonic() + timeout
         self.usage: dict[str, int] = {}  # OpenAI's names; empty where nothing was measured
         self.finish_reason = "stop"

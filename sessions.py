@@ -242,19 +242,34 @@ def _trim(db: Connection, row: int, limit: int) -> None:
     db.execute("DELETE FROM messages WHERE session = ? AND seq < ?", (row, kept if turn is None else turn))
 
 
+def _where(agents: Collection[str] | None, prefix: str) -> tuple[str, tuple[str, ...]]:
+    """The condition, with its values, of being a session of these agents whose key begins so; each may be absent."""
+    of = "1" if agents is None else f"agent IN ({', '.join('?' * len(agents))})"
+    if not prefix:
+        return of, tuple(agents or ())
+    behind = prefix[:-1] + chr(ord(prefix[-1]) + 1)  # the first text behind all that begin so: an index can be used
+    return f"{of} AND key >= ? AND key < ?", (*(agents or ()), prefix, behind)
+
+
 def _list(
-    db: Connection, limit: int | None, agents: Collection[str] | None, since: int, keep: Callable[[Dict], bool] | None
+    db: Connection,
+    limit: int | None,
+    agents: Collection[str] | None,
+    since: int,
+    keep: Callable[[Dict], bool] | None,
+    prefix: str,
 ) -> Dicts:
     listed: Dicts = []
     columns = "key, agent, updated_at, session_id, input_tokens, output_tokens, model, extra"
-    of = "" if agents is None else f"AND agent IN ({', '.join('?' * len(agents))})"
-    query = f"SELECT {columns} FROM sessions WHERE updated_at >= ? {of} ORDER BY updated_at DESC, id DESC LIMIT ?"  # noqa: S608
-    rows = db.execute(query, (since, *(agents or ()), -1 if limit is None or keep is not None else limit))
+    of, values = _where(agents, prefix)
+    query = f"SELECT {columns} FROM sessions WHERE updated_at >= ? AND {of} ORDER BY updated_at DESC, id DESC LIMIT ?"  # noqa: S608
+    rows = db.execute(query, (since, *values, -1 if limit is None or keep is not None else limit))
     with closing(rows):  # a query left half-way would keep the log from being moved into the database
         for key, agent, updated_at, session_id, input_tokens, output_tokens, model, extra in rows:
             if len(listed) == limit:
                 break
             entry: Dict = json.loads(extra)
+            key = key[len(prefix) :]
             entry |= {"key": key, "agentId": agent, "kind": "direct", "updatedAt": updated_at, "sessionId": session_id}
             entry |= {"inputTokens": input_tokens, "outputTokens": output_tokens}
             entry |= {"totalTokens": input_tokens + output_tokens, "model": model}
@@ -416,16 +431,20 @@ class Store:
         agents: Collection[str] | None = None,
         since: int = 0,
         keep: Callable[[Dict], bool] | None = None,
+        prefix: str = "",
     ) -> Dicts:
         """The sessions (of these agents only), newest first: the fields of sessions.list and those of `patch`.
 
-        Only those that have changed since `since` (ms) and that `keep`, called in the store's thread, wants.
+        Only those that have changed since `since` (ms), that `keep`, called in the store's thread, wants, and whose
+        keys begin with `prefix`, which is taken off.
         """
-        return await self._run(lambda db: _list(db, limit, agents, since, keep))
+        return await self._run(lambda db: _list(db, limit, agents, since, keep, prefix))
 
-    async def counts(self) -> dict[str, int]:
-        """The number of sessions of each agent that has one."""
-        return await self._run(lambda db: dict(db.execute("SELECT agent, count(*) FROM sessions GROUP BY agent")))
+    async def counts(self, agents: Collection[str] | None = None, prefix: str = "") -> dict[str, int]:
+        """The number of sessions (of these agents, with keys that begin so) of each agent that has one."""
+        of, values = _where(agents, prefix)
+        query = f"SELECT agent, count(*) FROM sessions WHERE {of} GROUP BY agent"  # noqa: S608
+        return await self._run(lambda db: dict(db.execute(query, values)))
 
     async def find(self, session_id: str) -> tuple[str, str] | None:
         """The agent and the key of the session with this id, None if there is none."""
@@ -461,3 +480,48 @@ class Store:
             pool, self._pool = self._pool, None
             await asyncio.get_running_loop().run_in_executor(pool, self._shut)
             pool.shutdown()
+
+
+class Shelf:
+    """The sessions of a store whose keys begin with `prefix`, under their keys without it, and of these agents alone.
+
+    Its methods are those of Store that people look at their sessions with.
+    """
+
+    def __init__(self, store: Store, prefix: str, agents: Collection[str] | None) -> None:
+        self._store, self._prefix, self._agents = store, prefix, agents
+
+    def _among(self, agents: Collection[str] | None) -> Collection[str] | None:
+        if agents is None or self._agents is None:
+            return self._agents if agents is None else agents
+        return [agent for agent in agents if agent in self._agents]
+
+    async def list(
+        self,
+        limit: int | None = None,
+        agents: Collection[str] | None = None,
+        since: int = 0,
+        keep: Callable[[Dict], bool] | None = None,
+    ) -> Dicts:
+        return await self._store.list(limit, self._among(agents), since, keep, self._prefix)
+
+    async def counts(self) -> dict[str, int]:
+        return await self._store.counts(self._agents, self._prefix)
+
+    async def find(self, session_id: str) -> tuple[str, str] | None:
+        agent, key = await self._store.find(session_id) or ("", "")
+        if not key.startswith(self._prefix) or (self._agents is not None and agent not in self._agents):
+            return None
+        return agent, key[len(self._prefix) :]
+
+    async def history(self, agent: str, key: str, limit: int | None = None) -> tuple[str | None, Dicts]:
+        return await self._store.history(agent, self._prefix + key, limit)
+
+    async def delete(self, agent: str, key: str) -> bool:
+        return await self._store.delete(agent, self._prefix + key)
+
+    async def reset(self, agent: str, key: str) -> str:
+        return await self._store.reset(agent, self._prefix + key)
+
+    async def patch(self, agent: str, key: str, fields: Dict) -> Dict:
+        return await self._store.patch(agent, self._prefix + key, fields)

@@ -62,16 +62,6 @@ def _plain(match: re.Match[str]) -> str:
     return match[1] or (f'"{match[2]}"' if match[2] else " ")
 
 
-def mask(value: Any, key: str = "") -> Any:
-    """Return the tree for showing: what is not set left out, every secret and all that a ${VAR} filled as "***"."""
-    if value and (key in SECRETS or isinstance(value, Filled)):
-        return "***"
-    if isinstance(value, dict):
-        shown = {name: "***" if key in SECRET_MAPS else mask(item, name) for name, item in value.items()}
-        return {name: item for name, item in shown.items() if item is not None}
-    return [mask(item) for item in value] if isinstance(value, (list, tuple)) else value
-
-
 def embedded(raw: Mapping[str, Any], agents: Iterable[str]) -> dict[str, Any]:
     """Return another program's dict with these agents listed, and with sessions in memory where it does not say."""
     tree = {"session": {}, "agents": {}, **raw}  # a section that is wrong stays as it is, for `build` to say
@@ -82,6 +72,16 @@ def embedded(raw: Mapping[str, Any], agents: Iterable[str]) -> dict[str, Any]:
         missing = ({"id": agent} for agent in agents if agent.lower() not in known)
         tree["agents"] = {**tree["agents"], "list": [*listed, *missing]}
     return tree
+
+
+def mask(value: Any, key: str = "") -> Any:
+    """Return the tree for showing: what is not set left out, every secret and all that a ${VAR} filled as "***"."""
+    if value and (key in SECRETS or isinstance(value, Filled)):
+        return "***"
+    if isinstance(value, dict):
+        shown = {name: "***" if key in SECRET_MAPS else mask(item, name) for name, item in value.items()}
+        return {name: item for name, item in shown.items() if item is not None}
+    return [mask(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 class Settings:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -45,7 +46,7 @@ def as_field(text: str, encoding: str = "utf-8") -> str:
     ],
 )
 def test_same(given: str, secret: str, expected: bool) -> None:
-    assert auth.same(given, auth.digest(secret)) is expected
+    assert auth.same(auth.digest(given), auth.digest(secret)) is expected
 
 
 def test_digest_is_sha256_of_utf8() -> None:
@@ -318,7 +319,9 @@ def gate(**options: object) -> auth.Gate:
 
 
 WRONG = auth.Verdict(False, 0, False)
-RIGHT = auth.Verdict(True, 0, False)
+SHARED = auth.Caller("", frozenset({"operator.admin"}), digest=auth.digest(SECRET))
+RIGHT = auth.Verdict(True, 0, False, SHARED)
+LOCKED = auth.Verdict(False, 300, False)
 MISSING = auth.Verdict(False, 0, True)
 
 
@@ -334,9 +337,9 @@ def test_when_locked_right_and_wrong_alike_are_refused() -> None:
     clock = Clock()
     door = gate(clock=clock)
     assert [door.admit("wrong", "1.2.3.4", {}) for _ in range(10)] == [WRONG] * 10
-    assert door.admit("wrong", "1.2.3.4", {}) == (False, 300, False)
-    assert door.admit(SECRET, "1.2.3.4", {}) == (False, 300, False)
-    assert door.admit(None, "1.2.3.4", {}) == (False, 300, True)
+    assert door.admit("wrong", "1.2.3.4", {}) == LOCKED
+    assert door.admit(SECRET, "1.2.3.4", {}) == LOCKED
+    assert door.admit(None, "1.2.3.4", {}) == LOCKED._replace(missing=True)
     assert door.admit(SECRET, "1.2.3.5", {}) == RIGHT
     clock.now += 300
     assert door.admit(SECRET, "1.2.3.4", {}) == RIGHT
@@ -363,7 +366,7 @@ def test_missing_does_not_count_and_success_clears() -> None:
 def test_loopback_exemption(client: str, fields: dict[str, str], exempt_loopback: bool, exempt: bool) -> None:
     door = gate(max_attempts=1, exempt_loopback=exempt_loopback)
     assert door.admit("wrong", client, fields) == WRONG
-    assert door.admit("wrong", client, fields) == (WRONG if exempt else (False, 300, False))
+    assert door.admit("wrong", client, fields) == (WRONG if exempt else LOCKED)
     assert door.admit(SECRET, client, fields).ok is exempt
 
 
@@ -397,13 +400,134 @@ def test_gate_resolves_the_client_behind_its_proxies() -> None:
 
 def test_mode_none_admits_everyone() -> None:
     door = auth.Gate("none", "")
-    assert [door.admit(given, "1.2.3.4", {"via": ""}) for given in (None, "", "x")] == [RIGHT] * 3
+    anyone = RIGHT._replace(caller=auth.Caller("", frozenset({"operator.admin"})))
+    assert [door.admit(given, "1.2.3.4", {"via": ""}) for given in (None, "", "x")] == [anyone] * 3
 
 
 @pytest.mark.parametrize(("mode", "secret"), [("token", ""), ("password", ""), ("tokens", "x"), ("", "")])
 def test_gate_without_a_secret_is_none(mode: str, secret: str) -> None:
     with pytest.raises(ValueError, match="auth mode"):
         auth.Gate(mode, secret)
+
+
+# Named tokens
+
+ALICE = auth.Caller("alice", frozenset({"chat"}), frozenset({"beta"}), digest=auth.digest("of alice"))
+BOB = auth.Caller("bob", frozenset({"chat"}), expires=2000.0, per_minute=2, digest=auth.digest("of bob"))
+
+
+def friends(secret: str = SECRET, **options: object) -> auth.Gate:
+    return auth.Gate("token", secret, named=(ALICE, BOB), **{"clock": Clock(), **options})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("mode", "secret"), [("token", SECRET), ("password", SECRET), ("token", "")])
+def test_named_tokens_are_let_in_beside_the_shared_secret_and_without_one(mode: str, secret: str) -> None:
+    door = auth.Gate(mode, secret, named=(ALICE, BOB), wall=lambda: 1999.0)
+    assert door.admit("of alice", "1.2.3.4", {}).caller == ALICE
+    assert door.admit("of bob", "1.2.3.4", {}) == auth.Verdict(True, 0, False, BOB)
+    assert door.admit("of ALICE", "1.2.3.4", {}) == WRONG
+    assert door.admit("", "1.2.3.4", {}) == MISSING
+    assert door.admit(SECRET, "1.2.3.4", {}) == (RIGHT if secret else WRONG)
+
+
+def test_without_the_shared_secret_only_mode_token_can_be() -> None:
+    with pytest.raises(ValueError, match="auth mode password without a password"):
+        auth.Gate("password", "", named=(ALICE,))
+
+
+def test_an_expired_token_is_told_so_and_is_no_guess() -> None:
+    door = friends(max_attempts=1, wall=lambda: 2000.0)
+    for _ in range(3):
+        expected = auth.Verdict(False, 0, False, expired="1970-01-01T00:33:20Z")
+        assert door.admit("of bob", "1.2.3.4", {}) == expected
+    assert door.admit("of alice", "1.2.3.4", {}).ok
+
+
+def test_a_named_token_clears_no_failures_and_is_locked_out_with_its_client() -> None:
+    door = friends(max_attempts=3)
+    for verdict in (WRONG, WRONG, WRONG):
+        assert door.admit("of alice", "1.2.3.4", {}).ok
+        assert door.admit("wrong", "1.2.3.4", {}) == verdict
+    assert door.admit("of alice", "1.2.3.4", {}) == LOCKED
+    assert door.admit("of alice", "1.2.3.5", {}).ok
+
+
+def test_who_a_caller_is_now() -> None:
+    door = friends()
+    assert door.now(ALICE) is ALICE
+    assert door.now(SHARED) == SHARED
+    assert friends("another").now(SHARED) is None
+    assert friends("").now(SHARED) is None
+    anyone = auth.Gate("none", "").admit(None, "", {}).caller
+    assert anyone is not None
+    assert [gate_.now(anyone) for gate_ in (door, friends(""), auth.Gate("none", ""))] == [None, None, anyone]
+    assert auth.Gate("none", "").now(SHARED) is None
+    assert gate().now(ALICE) is None
+
+
+def test_same_rights() -> None:
+    assert ALICE.same_as(ALICE._replace(expires=1.0, per_minute=5))
+    for changes in ({"name": "x"}, {"scopes": frozenset()}, {"agents": None}, {"digest": b""}):
+        assert not ALICE.same_as(ALICE._replace(**changes))  # type: ignore[arg-type]
+    assert not ALICE.same_as(None)
+    assert [caller.may_chat() for caller in (ALICE, SHARED)] == [True, True]
+    assert not ALICE._replace(scopes=frozenset({"operator.read"})).may_chat()
+
+
+def test_an_allowance_comes_back_bit_by_bit_and_outlives_a_reload() -> None:
+    clock = Clock()
+    door = friends(clock=clock)
+    assert [door.spend(ALICE) for _ in range(100)] == [0] * 100
+    assert [door.spend(BOB) for _ in range(3)] == [0, 0, 30]
+    clock.now += 29.5
+    assert door.spend(BOB) == 1
+    clock.now += 0.5
+    assert [door.spend(BOB), door.spend(BOB)] == [0, 30]
+    later = friends(clock=clock)
+    later.follow(door)
+    assert later.spend(BOB) == 30
+    stranger = gate(clock=clock)
+    stranger.follow(door)
+    later.follow(stranger)
+    assert later.spend(BOB) == 0  # it was away in between
+    clock.now += 600
+    assert [later.spend(BOB) for _ in range(3)] == [0, 0, 30]  # never more than a minute's
+
+
+@pytest.mark.parametrize("per_minute", [1, 3, 7, 60, 999, 1_000_000])
+def test_a_burst_is_the_whole_allowance(per_minute: int) -> None:
+    door, caller = friends(), BOB._replace(per_minute=per_minute)
+    count = min(per_minute, 1000)
+    assert [door.spend(caller) for _ in range(count)] == [0] * count
+    assert (door.spend(caller) > 0) is (count == per_minute)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("2027-01-01", 1798761600.0),
+        ("2027-01-01T00:00", 1798761600.0),
+        ("2027-01-01 00:00:00Z", 1798761600.0),
+        ("2027-01-01T01:00:00+01:00", 1798761600.0),
+        ("2027-01-01T00:00:00.5Z", 1798761600.5),
+        ("", None),
+        ("tomorrow", None),
+        ("2027-02-30", None),
+        ("1798761600", None),
+    ],
+)
+def test_moment(text: str, expected: float | None) -> None:
+    if expected is None:
+        with pytest.raises(ValueError, match=r"Invalid|out of range"):
+            auth.moment(text)
+    else:
+        assert auth.moment(text) == expected
+
+
+def test_tokens_are_fresh_and_long() -> None:
+    tokens = {auth.new_token() for _ in range(100)}
+    assert len(tokens) == 100
+    assert all(re.fullmatch("copepod_[A-Za-z0-9_-]{43}", token) for token in tokens)
 
 
 def test_no_secret_is_kept_or_shown() -> None:

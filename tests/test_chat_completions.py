@@ -780,11 +780,14 @@ RETRY, NEVER = ("Retry-After", "1"), ("x-should-retry", "false")
         ("timeout", None, True, 504, "timeout_error", [NEVER]),
         ("cancelled", None, False, 500, "server_error", [NEVER]),
         ("cancelled", None, True, 500, "server_error", [NEVER]),
+        ("limited", 20, False, 429, "rate_limit_error", [("Retry-After", "20")]),
+        ("revoked", None, True, 401, "authentication_error", []),
     ],
 )  # fmt: skip
 def test_run_error(kind: str, retry_after: int | None, taken: bool, status: int, type_: str, fields: Any) -> None:
     error = chat.run_error(**failed(kind, retry_after, taken))
-    code = "run_aborted" if kind == "cancelled" else None
+    codes = {"cancelled": "run_aborted", "limited": "rate_limit_exceeded", "revoked": "invalid_api_key"}
+    code = codes.get(kind)
     assert (error.status, error.type, error.code, list(error.fields)) == (status, type_, code, fields)
     body = error.body()
     assert body.isascii()
@@ -793,7 +796,7 @@ def test_run_error(kind: str, retry_after: int | None, taken: bool, status: int,
 
 def test_every_kind_has_its_row() -> None:
     kinds = {"rejected", "upstream_auth", "rate_limited", "upstream", "timeout", "overloaded", "internal", "cancelled"}
-    assert set(chat.ERRORS) == kinds
+    assert set(chat.ERRORS) == {*kinds, "limited", "revoked"}
 
 
 def test_credential_error() -> None:
@@ -802,6 +805,9 @@ def test_credential_error() -> None:
         assert (error.status, error.type, error.code) == (401, "authentication_error", "invalid_api_key")
         assert list(error.fields) == [("WWW-Authenticate", "Bearer")]
         assert piece in error.message
+    expired = chat.credential_error("token", 0, False, "2027-01-01T00:00:00Z")
+    assert (expired.status, expired.code) == (401, "invalid_api_key")
+    assert expired.message == "This token has expired, at 2027-01-01T00:00:00Z; ask for another."
     locked = chat.credential_error("token", 300, False)
     assert (locked.status, locked.type, locked.code) == (429, "rate_limit_error", "too_many_auth_failures")
     assert list(locked.fields) == [("Retry-After", "300"), NEVER]

@@ -76,6 +76,8 @@ def parsed(*argv: str) -> dict[str, Any]:
         (("status", "--json", "--set", "a=b"), {"command": "status", "json": True, "overrides": [("a", "b")]}),
         (("config", "check", "--config", "x"), {"command": "config check", "config": "x"}),
         (("config", "show", "--set", "a.b=1"), {"command": "config show", "overrides": [("a.b", "1")]}),
+        (("token", "new", "bob"), {"command": "token new", "name": "bob", "agents": None, "expires": None}),
+        (("token", "new", "bob", "--agents", "a, b,"), {"agents": ["a", "b"], "scopes": None}),
     ],
 )
 def test_what_the_commands_get(argv: tuple[str, ...], expected: dict[str, Any]) -> None:
@@ -448,7 +450,7 @@ def test_the_access_log(form: str, monkeypatch: pytest.MonkeyPatch, capsys: pyte
     async def main() -> None:
         write = cli.access_log(form)
         for _ in range(2):
-            write("req_1", "127.0.0.1", "GET", "/a", 200, 12, 1.25, "main")
+            write("req_1", "127.0.0.1", "GET", "/a", 200, 12, 1.25, "main", "bob")
         assert capsys.readouterr().err == ""
         flushes[0]()  # as the loop's timer does, and the end of the program
 
@@ -456,7 +458,7 @@ def test_the_access_log(form: str, monkeypatch: pytest.MonkeyPatch, capsys: pyte
     first, second = capsys.readouterr().err.splitlines()
     if form == "text":
         assert first == second
-        assert first.endswith(" req_1 127.0.0.1 GET /a 200 12 1.2 main")
+        assert first.endswith(" req_1 127.0.0.1 GET /a 200 12 1.2 main bob")
     else:
         got = json.loads(first)
         assert got.pop("time") > 1e9
@@ -469,6 +471,7 @@ def test_the_access_log(form: str, monkeypatch: pytest.MonkeyPatch, capsys: pyte
             "bytes": 12,
             "ms": 1.2,
             "agent": "main",
+            "token": "bob",
         }
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+import auth
 import config
 import settings
 
@@ -20,12 +21,12 @@ KEY = {"openai": {"api": "openai-completions", "baseUrl": "http://127.0.0.1:1/v1
 def built(raw: Any, environ: dict[str, str] | None = None, *overrides: str) -> config.Config:
     pairs = [(path, value) for path, _, value in (text.partition("=") for text in overrides)]
     reading = settings.Settings({**HOME, **(environ or {})}, [brand.prefix for brand in config.BRANDS])
-    return config.build(reading.take(raw, pairs), reading)
+    return config.build(reading.take(raw, pairs), reading, auth.callers)
 
 
 def loaded(file: Path | str) -> config.Config:
     reading = settings.Settings(HOME, [brand.prefix for brand in config.BRANDS])
-    return config.build(reading.read(str(file)), reading)
+    return config.build(reading.read(str(file)), reading, auth.callers)
 
 
 def shown(got: config.Config) -> Any:
@@ -898,7 +899,7 @@ def test_a_usual_file_needs_nothing_heavy(tmp_path: Path) -> None:
         sys.path.insert(0, sys.argv[1])
         import config, settings
         reading = settings.Settings({}, [])
-        config.build(reading.read(sys.argv[2]), reading)
+        config.build(reading.read(sys.argv[2]), reading, print)
         print([name for name in ("json5", "difflib", "ipaddress", "pathlib") if name in sys.modules])
         """
     )

@@ -16,9 +16,10 @@ END = ("end", "stop")
 
 
 class Run:
-    id, session_key = "r", "s"
+    id = "r"
 
     def __init__(self) -> None:
+        self.owner, self.session_key, self.lane = "", "s", ("main", "s")
         self.answer: list[str] = []
 
 
@@ -142,5 +143,38 @@ def test_nobody_no_work() -> None:
         stage.tell("delta", "c")
         assert stage.take() == [("agent", "assistant", "c"), ("chat", "delta", "abc")]
         stage.fanout.leave(stage.member)
+
+    run(main())
+
+
+def test_two_audiences() -> None:
+    """Operators hear of all runs, by the stored key; an owner of its own, by its own key; others cost nothing."""
+
+    async def main() -> None:
+        stage = Stage()
+        stage.run.owner, stage.run.session_key, stage.run.lane = "bob", "k", ("main", "token:bob:k")
+        heard: dict[str, list[str]] = {"": [], "bob": [], "eve": []}
+
+        def member(name: str) -> Any:
+            return lambda data: heard[name].append(json.loads(data + b"}")["payload"].get("sessionKey", "none"))
+
+        members = {name: member(name) for name in heard}
+        stage.fanout.join(members["eve"], "eve")
+        stage.tell("delta", "a")
+        assert not stage.fanout._watches  # nobody hears of it
+        stage.fanout.join(members["bob"], "bob")
+        stage.fanout.join(members[""])
+        stage.tell("tool", {})
+        stage.fanout.tell("presence", {})
+        assert heard == {"": ["token:bob:k", "none"], "bob": ["k"], "eve": []}
+        stage.fanout.leave(members["bob"], "bob")
+        stage.fanout.leave(members["bob"], "bob")
+        stage.fanout.leave(members[""])
+        stage.tell(*END)  # what was begun is ended, though nobody hears
+        assert not stage.fanout._watches
+        assert len(stage.observers) == 1
+        stage.fanout.leave(members["eve"], "eve")
+        assert stage.observers == []
+        assert heard["bob"] == ["k"]
 
     run(main())

@@ -17,8 +17,8 @@ FAILED = {"kind": "upstream", "message": "it broke", "retry_after": None, "taken
 ABORTED = {"kind": "cancelled", "message": "The run was aborted."}
 
 
-def made(id: str = "k", *words: str, usage: dict[str, int] | None = None) -> Run:
-    made_ = Run("main", "s", "hi", [], [], timeout=1, stored=False, run_id=id, session_id="its id")
+def made(id: str = "k", *words: str, usage: dict[str, int] | None = None, owner: str = "") -> Run:
+    made_ = Run("main", "s", "hi", [], [], timeout=1, stored=False, run_id=id, session_id="its id", owner=owner)
     made_.begin("p", "m")
     made_.answer, made_.usage = list(words), usage or {}
     made_.started_at, made_.ended_at = 100.0, 100.25
@@ -88,12 +88,12 @@ def test_a_run_is_driven_and_remembered() -> None:
         jobs_, heard = Jobs(driver(None, FAILED), []), []
         for id in ("good", "bad"):
             job = jobs_.add(made(id, "word"))
-            assert jobs_.get(id) is job
+            assert jobs_.get("", id) is job
             assert job.payload is None
             job.then.append(heard.append)
         await ended(jobs_)
         good, bad = heard
-        assert jobs_.get("good") is good
+        assert jobs_.get("", "good") is good
         assert good.waited == {"runId": "good", "status": "ok", "startedAt": 100_000, "endedAt": 100_250}
         assert bad.error == {"code": "UNAVAILABLE", "message": "it broke"}
         assert (bad.waited["status"], bad.waited["error"]) == ("error", "it broke")
@@ -119,17 +119,17 @@ def test_wait() -> None:
     async def main() -> None:
         observers: list[Any] = []
         jobs_, heard = Jobs(driver(None), observers), []
-        jobs_.wait("k", 10, lambda job: heard.append(("first", job)))
-        leave = jobs_.wait("k", 10, lambda job: heard.append(("second", job)))
+        jobs_.wait("", "k", 10, lambda job: heard.append(("first", job)))
+        leave = jobs_.wait("", "k", 10, lambda job: heard.append(("second", job)))
         leave()
         leave()
         late = asyncio.get_running_loop().create_future()
-        jobs_.wait("another", 0, late.set_result)
+        jobs_.wait("", "another", 0, late.set_result)
         assert await late is None
         job = jobs_.add(made())
         await ended(jobs_)
         assert heard == [("first", job)]
-        jobs_.wait("http", 10, heard.append)
+        jobs_.wait("", "http", 10, heard.append)
         (see,) = observers
         for event in (("delta", "word"), ("error", FAILED), ("error", FAILED)):  # of a run of another front
             see(made("http"), event)
@@ -152,7 +152,7 @@ def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
             return job
 
         def there() -> str:
-            return "".join(id for id in "abcdef" if jobs_.get(id))
+            return "".join(id for id in "abcdef" if jobs_.get("", id))
 
         for id in "abcd":
             await end(id, "word")
@@ -165,5 +165,44 @@ def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         assert there() == "f"
         jobs_.sweep(float("1e12"))
         assert there() == ""
+
+    run(main())
+
+
+def test_two_owners_of_one_id() -> None:
+    """Each finds and waits for its own; an operator, who has no name, anyone's, but its own first."""
+
+    async def main() -> None:
+        observers: list[Any] = []
+        jobs_, heard = Jobs(driver(None, None, FAILED), observers), list[tuple[str, Any]]()
+
+        def wait(owner: str, id: str = "k") -> None:
+            jobs_.wait(owner, id, 10, lambda job: heard.append((owner, job)))
+
+        for owner in ("", "bob", "eve"):
+            wait(owner)
+        job = jobs_.add(made(owner="bob"))
+        assert job.place == ("main", "s")
+        await ended(jobs_)
+        assert sorted(heard, key=lambda entry: entry[0]) == [("", job), ("bob", job)]
+        assert [jobs_.get(owner, "k") for owner in ("", "bob", "eve")] == [None, job, None]
+        assert [jobs_.seen(owner, "k") for owner in ("", "bob", "eve")] == [job, job, None]
+        heard.clear()
+        wait("")
+        own = jobs_.add(made())
+        (see,) = observers
+        see(made(owner="zoe"), ("end", "stop"))  # another front's, while the operator's own is on
+        assert heard == []
+        await ended(jobs_)
+        assert heard == [("", own)]
+        assert jobs_.seen("", "k") is own
+        wait("", "http")
+        wait("zoe", "http")
+        see(made("http", owner="zoe"), ("end", "stop"))
+        assert [owner for owner, _ in heard[1:]] == ["zoe", ""]
+        jobs_.add(made(owner="eve"))
+        await ended(jobs_)
+        assert heard[-1][0] == "eve"
+        assert (jobs_._waits, observers) == ({}, [])
 
     run(main())

@@ -68,7 +68,7 @@ def test_an_ended_run_is_not_kept() -> None:
     async def main() -> None:
         async with serving({}, {"main": parrot}) as hub, connected(hub) as peer:
             await peer.agent("x" * 100_000, "k")
-            job = hub.jobs.get("k")
+            job = hub.jobs.get("", "k")
             assert job is not None
             assert set(vars(job)) == {
                 "accepted_at", "error", "forget_at", "id", "payload", "place", "size", "then", "waited",
@@ -87,7 +87,7 @@ def test_many_requests_with_one_key() -> None:
                 firsts = [await peer.answer(str(n)) for n in range(70)]
                 assert [frame["ok"] for frame in firsts] == [True] * 64 + [False] * 6
                 assert firsts[-1]["error"]["retryable"]
-                job = hub.jobs.get("k")
+                job = hub.jobs.get("", "k")
                 assert job is not None
                 assert len(job.then) == 64
             async with connected(hub) as other:

@@ -750,3 +750,41 @@ def test_a_store_that_may_be_written_again_is(tmp_path: Path) -> None:
         await store.close()
 
     asyncio.run(test())
+
+
+# The sessions of one namespace
+
+
+def test_a_shelf_holds_its_own_alone() -> None:
+    """Under keys without the prefix, and of its agents; neighbours of the prefix stay outside."""
+
+    async def work(store: Store) -> None:
+        ids = {}
+        keys = ("token:bob:k", "token:bo:k", "token:bob2:k", "token:bob", "token:bob;", "k", "z")
+        for number, key in enumerate(keys):
+            for agent in ("a", "b"):
+                await store.append(agent, key, f"{agent} {key}", turn(number), model="m", usage={})
+                ids[agent, key] = f"{agent} {key}"
+        whole = sessions.Shelf(store, "token:bob:", None)
+        shelf = sessions.Shelf(store, "token:bob:", frozenset({"a"}))
+        for which, agents in ((whole, ["b", "a"]), (shelf, ["a"])):
+            assert [(entry["agentId"], entry["key"]) for entry in await which.list()] == [(a, "k") for a in agents]
+            assert await which.counts() == dict.fromkeys(agents, 1)
+            assert [entry["agentId"] for entry in await which.list(None, ["a", "b"])] == agents
+            assert [entry["agentId"] for entry in await which.list(1, ["b"])] == (["b"] if "b" in agents else [])
+            found = {place: await which.find(id) for place, id in ids.items()}
+            assert {place: it for place, it in found.items() if it} == {(a, "token:bob:k"): (a, "k") for a in agents}
+        assert await shelf.find("nobody's") is None
+        assert await shelf.history("a", "k") == await store.history("a", "token:bob:k")
+        assert await shelf.history("a", "token:bob:k") == (None, [])
+        await shelf.patch("a", "k", {"label": "mine"})
+        assert [entry["label"] for entry in await store.list() if "label" in entry] == ["mine"]
+        await shelf.reset("a", "k")
+        assert (await store.history("a", "token:bob:k"))[1] == []
+        assert await shelf.delete("a", "k")
+        assert not await shelf.delete("a", "k")
+        assert len(await store.list()) == 13
+        assert await store.counts() == {"a": 6, "b": 7}
+        assert await store.counts(["b"], "token:") == {"b": 5}
+
+    using(Store(sessions.MEMORY, 200), work)

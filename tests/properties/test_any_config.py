@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import JSON, KEYS, OBJECTS, tries
 
+import auth
 import config
 import settings as reading
 from config import Rule
@@ -72,7 +73,7 @@ def told(error: config.ConfigError) -> None:
 
 def built(tree: Any, found: reading.Settings) -> config.Config | None:
     try:
-        made = config.build(tree, found)
+        made = config.build(tree, found, auth.callers)
     except config.ConfigError as e:
         told(e)
         return None

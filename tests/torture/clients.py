@@ -373,7 +373,7 @@ def websockets_never_read(n: int) -> Row:
             assert answer["payload"]["result"]["payloads"][0]["text"] == watcher.text("k1")
             assert len(watcher.text("k1")) == size // 16_384 * 16_384
             biggest = max(len(json.dumps(frame)) for frame in watcher.frames if frame["type"] == "event")
-            ended = [hub.jobs.get(f"d{number}") for number in range(n)]
+            ended = [hub.jobs.get("", f"d{number}") for number in range(n)]
             lost = sum(job is None or job.payload is None or job.error is not None for job in ended)
             for peer in peers:
                 peer.drop()

@@ -38,7 +38,7 @@ PROGRAM = str(Path(gateway.__file__))
 #   show: what shows the configuration; log: stderr of the gateway; problem: what is said of a wrong configuration;
 #   command: the answer of a program that prints its environment
 MARKS = {name: f"{name}Mark{os.urandom(8).hex()}" for name in (
-    "secret", "guess", "key", "header", "env", "prompt", "system", "session", "path",
+    "secret", "friend", "late", "guess", "key", "header", "env", "prompt", "system", "session", "path",
 )}  # fmt: skip
 ALLOWED = {
     "prompt": {"history"},
@@ -49,6 +49,7 @@ ALLOWED = {
 }
 KINDS = {"answer", "refusal", "frame", "history", "show", "log", "problem", "command"}
 SECRET, GUESS, PROMPT = MARKS["secret"], MARKS["guess"], MARKS["prompt"]
+FRIEND, LATE = MARKS["friend"], MARKS["late"]  # tokens of their own, of which one has expired
 AGENTS = """
 def good(message): return "words"
 def bad(message): raise RuntimeError("it broke")
@@ -110,8 +111,9 @@ def _config(folder: Path, port: int, mode: str, level: str, form: str, own: bool
         providers[name] = {"api": "python", "entry": f"torture_agents:{name}"}
     models = [f"up/{name}" for name in UPSTREAM] + [f"{name}/x" for name in providers if name != "up"] + ["nobody/x"]
     agents = [{"id": re.sub("/x$|^up/", "", model), "model": model} for model in models]
+    named = [{"name": "friend", "token": FRIEND}, {"name": "late", "token": LATE, "expires": "2001-01-01"}]
     changes = {
-        "gateway.auth": {"mode": mode, **({mode: SECRET} if own else {})},
+        "gateway.auth": {"mode": mode, "tokens": named, **({mode: SECRET} if own else {})},
         "gateway.auth.mode": mode,
         "agents.defaults.systemPrompt": MARKS["system"],
         "agents.list": [{**agent, "default": agent["id"] == "good"} for agent in agents],
@@ -174,7 +176,10 @@ def _requests() -> Iterator[tuple[str, str, bytes]]:
     yield "long body", "answer", request(post, LET_IN, good + b" " * 1_100_000)
     for line in ("GET /v1/models", "GET /v1/models/nobody", "POST /v1/models", "GET /healthz", "HEAD /readyz", "PUT /"):
         yield line, "answer", request(line, LET_IN)
+    for line, body in ((post, good), ("GET /v1/models", b""), (f"GET /v1/models?{FRIEND}", b"")):
+        yield "a friend's", "answer", request(line, f"Authorization: Bearer {FRIEND}\r\n", body)
     places = {
+        "expired": f"Authorization: Bearer {LATE}\r\n",
         "none": "", "a wrong one": f"Authorization: Bearer {GUESS}\r\n", "basic": f"Authorization: Basic {SECRET}\r\n",
         "no scheme": f"Authorization: {SECRET}\r\n", "a cookie": f"Cookie: token={SECRET}\r\n",
         "forwarded": f"X-Forwarded-For: {SECRET}\r\n", "space": f"Authorization : Bearer {SECRET}\r\n",
@@ -220,6 +225,7 @@ async def _refused(port: int, out: Out, mode: str) -> int:
         {"auth": {mode: GUESS}, "role": SECRET}, {"token": SECRET}, {"client": SECRET}, {"scopes": SECRET},
         {"auth": {mode: SECRET}, "minProtocol": SECRET}, {"auth": {mode: SECRET}, "minProtocol": 9, "maxProtocol": 9},
         {"auth": {mode: SECRET}, "client": {"id": f"\n{SECRET}", "version": 5}}, {"device": {"signature": SECRET}},
+        {"auth": {"token": LATE}}, {"auth": {"token": FRIEND}, "role": "nobody"}, {"auth": {"token": FRIEND, "a": 1}},
         {"auth": {mode: SECRET}, "role": "nobody"}, {"auth": {mode: SECRET}, "locale": {"a": SECRET}},
     ]  # fmt: skip
     frames = [json.dumps({"type": "req", "id": "c", "method": "connect", "params": params_of(**w)}) for w in wrong]
@@ -545,7 +551,7 @@ def timing_of_the_secret(n: int) -> Row:
     assert power > 0.5, f"the method does not see a comparison that stops early ({power:.0%})"
     clear = 0
     for _ in range(3):  # a clear difference is there each time
-        middle, error = _difference(lambda text: auth.same(text, expected), (first, last), n)
+        middle, error = _difference(lambda text: auth.same(auth.digest(text), expected), (first, last), n)
         clear += abs(middle) > max(0.02, 5 * error)
     seen = f"first or last character: {middle:+.2%} ± {error:.2%} (a naive comparison: {power:+.0%})"
     assert clear < 3, seen
