@@ -170,7 +170,8 @@ class Settings:
         if not isinstance(table, list):
             return self._check_rule(value, table, path)
         if not isinstance(value, list):
-            self.problems.append(f"{path}: must be a list, not {_said(value)}")
+            text = isinstance(value, str) and isinstance(table[0], dict)  # it may be a secret, as below
+            self.problems.append(f"{path}: must be a list, not {_kind(value) if text else _said(value)}")
             return []
         items = [self.check(item, table[0], f"{path}[{index}]") for index, item in enumerate(value)]
         return [item for item in items if item is not None]
