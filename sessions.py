@@ -262,7 +262,8 @@ def _list(
     listed: Dicts = []
     columns = "key, agent, updated_at, session_id, input_tokens, output_tokens, model, extra"
     of, values = _where(agents, prefix)
-    query = f"SELECT {columns} FROM sessions WHERE updated_at >= ? AND {of} ORDER BY updated_at DESC, id DESC LIMIT ?"  # noqa: S608
+    at = "+updated_at" if prefix else "updated_at"  # +: not by its index, which is of everybody's; a friend has few
+    query = f"SELECT {columns} FROM sessions WHERE {at} >= ? AND {of} ORDER BY {at} DESC, id DESC LIMIT ?"  # noqa: S608
     rows = db.execute(query, (since, *values, -1 if limit is None or keep is not None else limit))
     with closing(rows):  # a query left half-way would keep the log from being moved into the database
         for key, agent, updated_at, session_id, input_tokens, output_tokens, model, extra in rows:
