@@ -444,7 +444,7 @@ class Gate:
             return self._admitted
         caller = self.named.get(known)
         if caller is not None and same(known, caller.digest):  # clears nothing: a friend may be a guesser too
-            if caller.expires is None or self._wall() < caller.expires:
+            if not self._over(caller):
                 return Verdict(True, 0, False, caller)
             return Verdict(False, 0, False, expired=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(caller.expires)))
         if not exempt:
@@ -456,7 +456,11 @@ class Gate:
         shared = self._admitted.caller
         if not caller.name and shared is not None and (self.mode == "none" or self._expected):
             return shared if same(shared.digest, caller.digest) else None
-        return self.named.get(caller.digest)
+        current = self.named.get(caller.digest)
+        return None if current is None or self._over(current) else current
+
+    def _over(self, caller: Caller) -> bool:
+        return caller.expires is not None and caller.expires <= self._wall()
 
     def spend(self, caller: Caller) -> int:
         """Take one run off the caller's allowance. Returns 0, or whole seconds until it has one again.
