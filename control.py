@@ -31,6 +31,7 @@ CHANNELS = {  # the family's: its command line names one even when nothing is de
     "line", "googlechat", "mattermost", "zalo",
 }  # fmt: skip
 
+REVOKED = "the credential is no longer valid, or its rights have changed"
 INVALID, UNAVAILABLE = "INVALID_REQUEST", "UNAVAILABLE"
 POLICY, PROTOCOL_ERROR, RESTART = 1008, 1002, 1012  # close codes, RFC 6455 7.4.1 and the registry
 
@@ -166,6 +167,7 @@ class Client:
         self.role = "operator"
         self.caller: Caller | None = None  # until it is let in
         self.scopes: frozenset[str] = frozenset()  # that it has asked for
+        self.revoked = False  # its credential, by a reload
         self.about: Dict = {}  # for the list of presence
         self.asked: set[Callable[[], None]] = set()  # what takes it off the list of those who hear of a run's end
         self.waits: set[Callable[[], None]] = set()  # the same of its `agent.wait`s
@@ -265,8 +267,10 @@ class Control:
 
     # A connection
 
-    async def serve(self, socket: Socket, address: str, fields: Mapping[str, str]) -> str:
-        """Serve one open connection of a client at `address` until it has ended. Returns the name of its token."""
+    async def serve(
+        self, socket: Socket, address: str, fields: Mapping[str, str], named: Callable[[str], None]
+    ) -> None:
+        """Serve one open connection of a client at `address` until it has ended; `named` is told whose token it had."""
         client = Client(self._hub, socket, address, fields, time.monotonic())
         socket.on_activity = client.hear
         self._clients.add(client)
@@ -284,7 +288,7 @@ class Control:
             self._changed |= client.listed
             for leave in (*client.asked, *client.waits):
                 leave()
-        return client.owner
+            named(client.owner)
 
     def tick(self, now: float) -> None:
         """Ping, tick, drop who is silent. To be called once a second with `time.monotonic()`."""
@@ -324,7 +328,8 @@ class Control:
             if client.caller is not None:
                 current = now(client.caller)
                 if current is None or not client.caller.same_as(current):
-                    client.socket.close(POLICY, "the credential is no longer valid, or its rights have changed")
+                    client.revoked = True
+                    client.socket.close(POLICY, REVOKED)
                 else:
                     client.caller = current
 
@@ -404,7 +409,8 @@ class Control:
             "snapshot": {
                 "presence": self._present(client.owner) if client.may(READ) else [],
                 "health": health,
-                "stateVersion": {"presence": self._presence, "health": 1},
+                # a friend, who is told of its own alone, must not see the operators come and go by the number
+                "stateVersion": {"presence": 1 if client.owner else self._presence, "health": 1},
                 "uptimeMs": client.hub.uptime_ms,
                 "sessionDefaults": {
                     "defaultAgentId": default,
@@ -493,6 +499,8 @@ class Control:
         key = params.get("sessionKey", "")
         if not key and "sessionId" in params:
             found = await hub.find(params["sessionId"])
+            if client.revoked:  # meanwhile
+                raise Refusal(INVALID, REVOKED)
             if found is not None and agent in ("", found[0]):
                 agent, key = self._known(hub, "agent", found[0]), found[1]
             else:

@@ -422,6 +422,9 @@ class Gateway:
         gone = {caller.name for caller in old.named.values() if not caller.same_as(gate.now(caller))}
         for run in [run for run in self.runs.active if run.owner in gone]:
             self.runs.stop(run, runs.RunError("revoked", REVOKED, taken=run.placed))
+            for c in self.connections if run.outside else ():  # it waits for a reader, who could make it wait for hours
+                if c.task is run.task:
+                    c.transport.abort()
 
     def _connection(self) -> Connection:
         return Connection(
@@ -583,8 +586,12 @@ class Gateway:
             c.reader, c.writer, max_message=control.MAX_PAYLOAD, max_buffered=control.MAX_BUFFERED
         )
         self.upgraded.add(c)
+
+        def named(name: str) -> None:
+            x.caller = name or x.caller
+
         try:
-            x.caller = await self.control.serve(websocket, x.client, request.fields) or x.caller
+            await self.control.serve(websocket, x.client, request.fields, named)
         finally:
             self.upgraded.discard(c)
             x.close = True
@@ -685,6 +692,9 @@ class Gateway:
         if caller.name:
             self._permit(caller)
         agent = house.config.agents[target.agent_id]
+        longest = agent.timeout_seconds
+        if timeout and (timeout < longest or not caller.name):  # a friend must not keep one of all places for a week
+            longest = timeout
         prompt = agent.system_prompt
         run = runs.Run(
             agent.id,
@@ -694,7 +704,7 @@ class Gateway:
             house.providers[agent.id],
             system=f"{prompt}\n\n{system}" if prompt and system else prompt or system,
             params={**agent.params, **params} if params else agent.params,
-            timeout=timeout or agent.timeout_seconds,
+            timeout=longest,
             stored=target.stored,
             run_id=ids[0],
             session_id=ids[1],
