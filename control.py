@@ -127,7 +127,7 @@ if TYPE_CHECKING:
         def admit(self, given: Mapping[str, str], client: str, fields: Mapping[str, str]) -> Verdict: ...
         def of(self, caller: Any) -> Any: ...  # the Hub of this caller
         def key(self, run: Any) -> str: ...  # of its session
-        def bare(self, key: str) -> str: ...  # as the session's owner knows it
+        def bare(self, key: str) -> tuple[Hub, str]: ...  # its owner's Hub, and as it is known there
         def parse(self, message: str | bytes) -> Dict: ...
         def accept(self, agent: str, key: str, message: str, *, system: str, run_id: str, timeout: float) -> Any: ...
         def stop(self, run: Any, reason: str) -> bool: ...  # False: it has ended, or is being stored
@@ -472,14 +472,15 @@ class Control:
         """Return the agent and the session that a key means; `main` is the default agent's main one. Refusal."""
         if key == "main":
             key = f"agent:{agent or hub.default_agent}:main"
-        parts = hub.bare(key).split(":", 2)
+        whose, bare = hub.bare(key)  # to a friend, `main` and no agent at all may mean another one than to operators
+        parts = bare.split(":", 2)
         if len(parts) == 3 and parts[0] == "agent":
-            named = self._known(hub, method, parts[1])
+            named = self._known(whose, method, parts[1])
             if agent not in ("", named):
                 message = f'invalid {method} params: agent "{agent}" does not match session key agent "{named}"'
                 raise Refusal(INVALID, message)
             agent = named
-        return agent or hub.default_agent, key
+        return agent or whose.default_agent, key
 
     def _known(self, hub: Hub, method: str, agent: str) -> str:
         wanted = agent.strip().lower()

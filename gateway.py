@@ -228,8 +228,12 @@ class Desk:
     def key(self, run: runs.Run) -> str:
         return run.session_key if self._owner else run.lane[1]
 
-    def bare(self, key: str) -> str:
-        return key if self._owner or not key.startswith("token:") else key.split(":", 2)[-1]
+    def bare(self, key: str) -> tuple[Desk, str]:
+        parts = key.split(":", 2)
+        if self._owner or len(parts) < 3 or parts[0] != "token":
+            return self, key
+        named = (caller for caller in self._config.auth.tokens if caller.name == parts[1])
+        return self.of(next(named, self._caller)), parts[2]
 
     def parse(self, message: str | bytes) -> dict[str, Any]:
         try:

@@ -220,6 +220,33 @@ def test_whoever_is_cut_off_at_the_end_has_a_name_in_the_log() -> None:
     run(main())
 
 
+@pytest.mark.parametrize("key", ["plain", "agent:main:x", "agent:beta:x", "main"])
+def test_operators_reach_a_friends_session_by_its_key(key: str) -> None:
+    """By the key alone, though to her `main` and no agent at all mean `beta`, and to them `main`."""
+
+    async def main() -> None:
+        house = House()
+        async with (
+            house.open() as hub,
+            connected(hub, auth={"token": "of alice"}) as alice,
+            connected(hub, auth={"token": SESAME}) as desk,
+        ):
+            await alice.agent("hi", "k", sessionKey=key)
+            (listed,) = (await desk.ask("sessions.list"))["sessions"]
+            theirs = listed["key"]
+            assert len((await desk.ask("chat.history", sessionKey=theirs))["messages"]) == 2
+            (preview,) = (await desk.ask("sessions.preview", keys=[theirs]))["previews"]
+            assert preview["status"] == "ok"
+            await alice.post("agent", {"message": "hold", "idempotencyKey": "k2", "sessionKey": key})
+            await within(house.held.acquire())
+            assert (await desk.ask("chat.abort", sessionKey=theirs))["runIds"] == ["k2"]
+            await alice.event("chat", runId="k2", state="aborted")
+            assert (await desk.ask("sessions.delete", key=theirs))["deleted"]
+            assert await hub.store.list() == []
+
+    run(main())
+
+
 def test_a_friends_list_does_not_read_everybodys_sessions() -> None:
     """By the index of agents and keys, not by that of times: all others' answers wait for the one thread meanwhile."""
 
