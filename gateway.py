@@ -426,7 +426,7 @@ class Gateway:
         gone = {caller.name for caller in old.named.values() if not caller.same_as(gate.now(caller))}
         for run in [run for run in self.runs.active if run.owner in gone]:
             self.runs.stop(run, runs.RunError("revoked", REVOKED, taken=run.placed))
-            for c in self.connections if run.outside else ():  # it waits for a reader, who could make it wait for hours
+            for c in self.connections if run.outside else ():  # its reader could keep it for a minute
                 if c.task is run.task:
                     c.transport.abort()
 
