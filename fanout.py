@@ -31,11 +31,11 @@ if TYPE_CHECKING:
 class _Watch:
     """What was told of one run."""
 
-    __slots__ = ("agent_next", "chat", "chat_at", "long", "run", "seq", "timer", "words")
+    __slots__ = ("agent_next", "chat", "chat_at", "long", "own", "run", "seq", "timer", "words")
 
     def __init__(self, run: Run) -> None:
         self.run = run
-        self.seq = 0
+        self.seq = self.own = 0  # events to the operators; to its owner, who must not see by them who else listens
         self.words: list[str] = []  # not told yet
         self.chat = ""  # the text that `chat` was not told yet
         self.agent_next = self.chat_at = float("-inf")  # when they were told of words
@@ -79,6 +79,9 @@ class Fanout:
         del members[member]
         if not members:
             del self._members[owner]
+            for watch in self._watches.values():
+                if watch.run.owner == owner:
+                    watch.own = 0
         if self._members:
             return
         self._observers.remove(self._take)
@@ -150,20 +153,20 @@ class Fanout:
 
     def _agent(self, watch: _Watch, stream: str, data: dict[str, Any]) -> None:
         watch.seq += 1
-        run = watch.run
-        payload = {"runId": run.id, "stream": stream, "data": data, "seq": watch.seq, "ts": _ms()}
-        self._tell(run, "agent", payload)
+        watch.own += watch.run.owner in self._members
+        payload = {"runId": watch.run.id, "stream": stream, "data": data, "seq": watch.seq, "ts": _ms()}
+        self._tell(watch, "agent", payload)
 
     def _chat(self, watch: _Watch, state: str, more: dict[str, Any]) -> None:
-        run = watch.run
-        self._tell(run, "chat", {"runId": run.id, "seq": watch.seq, "state": state, **more})
+        self._tell(watch, "chat", {"runId": watch.run.id, "seq": watch.seq, "state": state, **more})
 
-    def _tell(self, run: Run, event: str, payload: dict[str, Any]) -> None:
+    def _tell(self, watch: _Watch, event: str, payload: dict[str, Any]) -> None:
         """Tell the operators, and whose run it is: each by the key that they know its session by."""
+        run = watch.run
         payload["sessionKey"] = run.lane[1]
         self.tell(event, payload)
         if run.owner:
-            payload["sessionKey"] = run.session_key
+            payload["sessionKey"], payload["seq"] = run.session_key, watch.own
             self.tell(event, payload, run.owner)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
 from typing import Any
 
 import pytest
@@ -243,6 +244,26 @@ def test_operators_reach_a_friends_session_by_its_key(key: str) -> None:
             await alice.event("chat", runId="k2", state="aborted")
             assert (await desk.ask("sessions.delete", key=theirs))["deleted"]
             assert await hub.store.list() == []
+
+    run(main())
+
+
+@pytest.mark.parametrize("others", [[], [SESAME], ["of bob", SESAME]])
+def test_the_number_of_an_event_does_not_tell_who_else_listens(others: list[str]) -> None:
+    """A friend who comes in the middle of its run gets the first number, also when it comes again."""
+
+    async def main() -> None:
+        house = House()
+        async with house.open() as hub, AsyncExitStack() as stack:
+            for token in others:
+                await stack.enter_async_context(connected(hub, auth={"token": token}))
+            held = asyncio.ensure_future(ask(hub, "hold", bearer("alice")))
+            await within(house.held.acquire())
+            async with connected(hub, auth={"token": "of alice"}) as alice:
+                house.go.set()
+                assert (await alice.event("agent"))["seq"] == 1
+                assert (await alice.event("chat", state="final"))["seq"] == 2
+            await held
 
     run(main())
 
