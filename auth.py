@@ -405,7 +405,7 @@ class Gate:
         if mode != "none" and not secret and not (named and mode == "token"):
             raise ValueError(f"auth mode {mode} without a {mode}")
         self.mode = mode
-        self._expected = digest(secret) if secret and mode != "none" else b""  # the secret itself is not kept
+        self._expected = digest(secret) if secret and mode != "none" else b""
         shared = Caller("", frozenset({ADMIN}), digest=self._expected)
         self._admitted = Verdict(True, 0, False, shared)  # of the shared secret
         self.named = {caller.digest: caller for caller in named}
