@@ -189,7 +189,7 @@ class Connection(asyncio.StreamReaderProtocol):
         """Send `data`, and return whether the connection is full."""
         if not self._lost:  # asyncio would drop it, uvloop raise RuntimeError
             self.transport.write(data)
-        return self.transport.get_write_buffer_size() > HIGH_WATER
+        return self.full
 
     def soon(self, callback: Callable[[], Any]) -> None:
         """Call `callback` at the end of this turn of the loop."""

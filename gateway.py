@@ -104,10 +104,10 @@ class House:
             exempt_loopback=limit.exempt_loopback,
             trusted=config.trusted_proxies,
         )
-        self.directory = chat.Directory(config.agents, config.default_agent, config.brands)
-        self.directories = {"": self.directory}  # by the name of the caller's token
-        for caller in config.auth.tokens:
-            self.directories[caller.name] = chat.Directory(*_agents_of(config, caller), config.brands)
+        self.directories = {  # by the name of the caller's token
+            caller.name: chat.Directory(*_agents_of(config, caller), config.brands)
+            for caller in (auth.ANYONE, *config.auth.tokens)
+        }
         made: dict[str, runs.Provider] = {}
         self.providers: dict[str, list[tuple[str, str, runs.Provider]]] = {}
         for agent in config.agents.values():
@@ -816,12 +816,12 @@ def _command_agent(options: Namespace) -> int:
 async def _run_here(config: Config, options: Namespace) -> int:
     """Run one turn in this process and print its words as they come."""
     gateway = Gateway(config)
-    house = gateway.house
+    house, directory = gateway.house, gateway.house.directories[""]
     try:
         await gateway.store.open()
-        agent = house.directory.agent(options.agent or config.default_agent)
+        agent = directory.agent(options.agent or config.default_agent)
         fields = {"x-copepod-session-key": options.session_key or f"agent:{agent}:main"}
-        target = house.directory.resolve(f"agent:{agent}" if options.agent else "", "", fields, "")
+        target = directory.resolve(f"agent:{agent}" if options.agent else "", "", fields, "")
         message = options.message
         run = gateway.accept(house, target, message, [{"role": "user", "content": message}], timeout=options.timeout)
         with cli.Answer(options.json) as answer:

@@ -354,7 +354,8 @@ async def read_body(reader: asyncio.StreamReader, length: int | None, limit: int
             return await reader.readexactly(length)
         except asyncio.IncompleteReadError as e:
             raise HTTPError(400, f"The body ended after {len(e.partial)} of {length} bytes.") from None
-    chunks, extensions = list[bytes](), 0
+    chunks: list[bytes] = []
+    extensions = 0
     while True:
         size, extension = await read_chunk_size(reader)
         extensions += extension
@@ -363,7 +364,8 @@ async def read_body(reader: asyncio.StreamReader, length: int | None, limit: int
         if size == 0:
             await read_trailer(reader)
             return b"".join(chunks)
-        if (limit := limit - size) < 0:
+        limit -= size
+        if limit < 0:
             raise HTTPError(413, "The chunked body is larger than it may be.")
         try:
             data = await reader.readexactly(size + 2)

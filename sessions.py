@@ -493,9 +493,9 @@ class Shelf:
         self._store, self._prefix, self._agents = store, prefix, agents
 
     def _among(self, agents: Collection[str] | None) -> Collection[str] | None:
-        if agents is None or self._agents is None:
-            return self._agents if agents is None else agents
-        return [agent for agent in agents if agent in self._agents]
+        if self._agents is None:
+            return agents
+        return self._agents if agents is None else [agent for agent in agents if agent in self._agents]
 
     async def list(
         self,
