@@ -96,7 +96,7 @@ BIND = Rule(
     "loopback",
     ("loopback", "lan"),
 )
-API = _choice(None, "echo", "python", "command", "openai-completions")
+API = _choice(None, "echo", "python", "command", "openai-completions", "anthropic-messages")
 MODEL = Rule('"provider/model" or { primary: "...", fallbacks: ["..."] }', _is_model)
 TIMEOUT = _number(None, 0.01, 604800)  # a week, for agents that work on their own
 NAMES = Rule("a list of names", lambda v: isinstance(v, list) and v and all(isinstance(name, str) for name in v))
@@ -125,6 +125,9 @@ PROVIDERS: dict[str, dict[str, Table]] = {
         "models": [{"*": ANY}],
         "timeoutSeconds": TIMEOUT,
     },
+}
+PROVIDERS["anthropic-messages"] = PROVIDERS["openai-completions"] | {
+    "baseUrl": PROVIDERS["openai-completions"]["baseUrl"]._replace(default=None)  # type: ignore[union-attr]
 }
 CLI_BACKEND: dict[str, Table] = {
     **PROVIDERS["command"],

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from argparse import Namespace
 
 if TYPE_CHECKING or not __package__:  # a checkout: the files lie beside this one
+    import anthropic_messages
     import auth
     import chat_completions as chat
     import cli
@@ -26,6 +27,8 @@ if TYPE_CHECKING or not __package__:  # a checkout: the files lie beside this on
     import fanout
     import http1
     import jobs
+    import model_server
+    import openai_completions
     import pool
     import providers
     import python_agents
@@ -44,6 +47,7 @@ if TYPE_CHECKING or not __package__:  # a checkout: the files lie beside this on
     from http1 import HTTPError
 else:  # installed or vendored: they are modules of this package
     from . import (
+        anthropic_messages,
         auth,
         cli,
         commands,
@@ -51,6 +55,8 @@ else:  # installed or vendored: they are modules of this package
         fanout,
         http1,
         jobs,
+        model_server,
+        openai_completions,
         pool,
         providers,
         python_agents,
@@ -134,7 +140,9 @@ class House:
         if provider.api == "command":
             return commands.command(options, self.config.used_variables)
         if provider.api == "openai-completions":
-            return providers.openai_completions(options, request)
+            return model_server.provider(options, request, openai_completions)
+        if provider.api == "anthropic-messages":
+            return model_server.provider(options, request, anthropic_messages)
         return providers.echo()
 
 

@@ -280,7 +280,7 @@ SCRIPT = "{message} would be a shell's script, so anyone could run anything"
 OBJECT = '{ primary: "...", fallbacks: ["..."] }'
 ADDRESS = "must be an http:// or https:// address without user or query"
 ID = 'letters, digits, "_" and "-", at most 64'
-APIS = 'must be "echo", "python", "command" or "openai-completions"'
+APIS = 'must be "echo", "python", "command", "openai-completions" or "anthropic-messages"'
 
 
 @pytest.mark.parametrize(
@@ -631,8 +631,6 @@ def test_a_family_file_starts_with_one_line_of_what_is_ignored(tmp_path: Path) -
     file.write_text(FAMILY)
     got = loaded(file)
     assert got.warnings == (
-        'models.providers.anthropic.api: "anthropic-messages" is not spoken here, so its runs fail',
-        'model "anthropic/claude" (main): models.providers has no "anthropic", so its runs fail',
         'model "lokal/llama" (main): models.providers has no "lokal", so its runs fail. Did you mean "local"?',
         "ignored, not known here: meta, channels, browser, plugins, gateway.mode, gateway.controlUi, gateway.tools, "
         "gateway.tailscale, agents.defaults.models, agents.defaults.workspace, agents.list[0].identity, models.mode, "
@@ -640,6 +638,7 @@ def test_a_family_file_starts_with_one_line_of_what_is_ignored(tmp_path: Path) -
     )
     assert got.store == "/home/someone/.copepod/sessions.sqlite3"
     assert got.agents["main"].models == ("anthropic/claude", "lokal/llama")
+    assert got.providers["anthropic"].api == "anthropic-messages"
 
 
 def test_only_foreign_sections_are_one_warning() -> None:
@@ -771,7 +770,7 @@ def test_no_key_of_a_provider_is_taken_for_a_slip(key: str) -> None:
 @pytest.mark.parametrize(
     "api",
     [
-        "openai-responses", "openai-codex-responses", "azure-openai-responses", "anthropic-messages",
+        "openai-responses", "openai-codex-responses", "azure-openai-responses",
         "google-generative-ai", "github-copilot", "bedrock-converse-stream", "ollama",
     ],
 )
@@ -779,6 +778,11 @@ def test_an_api_of_the_family_starts_with_a_warning(api: str) -> None:
     got = built(provider(api=api, baseUrl="http://a"))
     assert got.warnings == (f'models.providers.x.api: "{api}" is not spoken here, so its runs fail',)
     assert "x" not in got.providers
+
+
+def test_anthropic_has_an_address_of_its_own() -> None:
+    got = built(provider(api="anthropic-messages", apiKey="k")).providers["x"]
+    assert (got.options["baseUrl"], got.options["apiKey"]) == (None, "k")
 
 
 def test_the_home_folder_without_its_variable() -> None:

@@ -1,0 +1,319 @@
+"""One turn at a model server: asked, listened to, its failures told; how an API looks is a dialect's business."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import json
+import logging
+import re
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import suppress
+from functools import partial
+from typing import Any, Protocol, TypeVar
+
+WORDS_AT_ONCE = 64  # of a model server, between two turns of the loop: about half a millisecond
+MAX_ANSWER = 8 * 1024 * 1024  # bytes of an answer that is not streamed
+MIN_SECRET = 8  # characters of a header's word that is masked in what a server says; shorter ones are in many texts
+MAX_REFUSAL = 64 * 1024  # bytes of a refusal's body
+MAX_MESSAGE = 500  # characters of another server's message
+MAX_RETRY_AFTER = 86_400  # seconds
+DONE_GRACE = 0.1  # seconds for the end of the body after the last event, so that the connection can be used again
+OVERLOADED = 529  # Anthropic's own status: too busy to begin
+UNREACHABLE = {errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN, errno.EHOSTDOWN}
+NONSENSE = (ValueError, RecursionError, AttributeError, LookupError, TypeError)  # of what reads an answer
+CODES = {  # what servers write in `code` and `type` where no status can be
+    **dict.fromkeys(("invalid_request_error", "context_length_exceeded"), 400),
+    **dict.fromkeys(("authentication_error", "invalid_api_key", "permission_error"), 401),
+    **dict.fromkeys(("not_found_error", "model_not_found"), 404),
+    **dict.fromkeys(("rate_limit_error", "rate_limit_exceeded", "insufficient_quota"), 429),
+    "billing_error": 402,
+    "overloaded_error": OVERLOADED,
+}
+
+log = logging.getLogger("copepod")
+
+Turn = dict[str, Any]
+Item = str | dict[str, Any]
+Result = TypeVar("Result")
+Provider = Callable[[Turn], AsyncIterator[Any]]
+
+
+class Response(Protocol):
+    """What `request` gives back; every failure of its connection is an OSError."""
+
+    status: int
+    fields: dict[str, str]
+
+    async def read(self, limit: int) -> bytes: ...
+
+    def events(self) -> AsyncIterator[str]: ...
+
+    def close(self) -> None: ...  # ends what is being read, too
+
+
+Request = Callable[[str, str, list[tuple[str, str]], bytes], Awaitable[Response]]
+
+
+class Answer(Protocol):
+    """What the events of one answer told so far; an answer that does not stream is one event."""
+
+    done: bool  # it said that it is over
+    finish_reason: str | None
+
+    def take(self, data: str) -> str | list[Item]:
+        """The text of an event, often "", or its items; one of NONSENSE where it is none."""
+
+    def end(self) -> list[Item]:
+        """The last items."""
+
+
+class Dialect(Protocol):
+    """How an API looks, a module of its own; `told` makes of an error in an answer the exception to raise."""
+
+    def url_of(self, base: str) -> str: ...
+
+    def fields_of(self, key: str) -> dict[str, str]: ...
+
+    def body_of(self, turn: Turn) -> bytes: ...  # ValueError, RecursionError: there is no form for what the turn holds
+
+    def Answer(self, told: Callable[[object], Exception]) -> Answer: ...
+
+
+class ProviderError(Exception):
+    """A turn that failed: `kind` says whose fault it was, `taken` whether the model may have acted."""
+
+    def __init__(self, kind: str, message: str, *, taken: bool = False, retry_after: int | None = None) -> None:
+        super().__init__(message)
+        self.kind = kind
+        self.taken = taken
+        self.retry_after = retry_after
+
+
+def provider(options: dict[str, Any], request: Request, dialect: Dialect) -> Provider:
+    """The provider that asks the server at `baseUrl` in that dialect, always streamed."""
+    url, fields = dialect.url_of(options.get("baseUrl") or ""), fields_of(options, dialect)
+    words = [word for value in (options.get("headers") or {}).values() for word in value.split()]
+    secrets = [word for word in (options.get("apiKey"), *words) if word and len(word) >= MIN_SECRET]
+    seconds = options.get("timeoutSeconds")
+
+    async def answered(turn: Turn) -> AsyncIterator[Item]:
+        asked, body, spoken, count = Asked(turn["run_id"], seconds, secrets), formed(dialect, turn), False, 0
+        answer = dialect.Answer(partial(told, secrets=secrets))
+        try:
+            async for data in await asked.events(request("POST", url, fields, body)):
+                try:
+                    items = answer.take(data)
+                except NONSENSE:
+                    raise ProviderError("upstream", "the model server's answer makes no sense", taken=True) from None
+                if isinstance(items, str):
+                    if items:
+                        spoken = True
+                        yield items
+                else:
+                    for item in items:
+                        spoken = True
+                        yield item
+                if answer.done:
+                    break
+                count += 1
+                if count % WORDS_AT_ONCE == 0:
+                    await asyncio.sleep(0)  # of what came at once, the others shall not pay
+            asked.check(answer.done, bool(answer.finish_reason) or (asked.is_whole and spoken))
+            for item in answer.end():
+                yield item
+            await asked.drain()
+        except (OSError, ProviderError) as error:
+            raise asked.failure(error, spoken) from None
+        finally:
+            await asked.close()
+
+    return answered
+
+
+def fields_of(options: dict[str, Any], dialect: Dialect) -> list[tuple[str, str]]:
+    """The request's fields; those of the configuration win."""
+    fields = {"content-type": "application/json", "accept": "text/event-stream, application/json"}
+    fields |= dialect.fields_of(options.get("apiKey") or "")
+    return list((fields | {name.lower(): value for name, value in (options.get("headers") or {}).items()}).items())
+
+
+def formed(dialect: Dialect, turn: Turn) -> bytes:
+    """The request's body; ProviderError where the API has no form for what the turn holds."""
+    try:
+        return dialect.body_of(turn)
+    except (ValueError, RecursionError) as error:
+        raise ProviderError("rejected", str(error)) from None
+
+
+def told(error: object, secrets: list[str]) -> ProviderError:
+    """The error that a server wrote into its answer, in place of a status."""
+    status: object = None
+    for name in ("status", "status_code", "code", "type"):
+        value = error.get(name) if isinstance(error, dict) else None
+        if isinstance(value, str):
+            value = int(value) if re.fullmatch("[0-9]{3}", value) else CODES.get(value)
+        if isinstance(value, int) and 400 <= value < 600:
+            status = value
+            break
+    message = message_of({"error": error}, secrets)
+    if isinstance(status, int) and (status < 500 or status == OVERLOADED) and status != 408:
+        return status_error(status, message)
+    return ProviderError("upstream", message or "the model server failed", taken=True)
+
+
+def status_error(status: int, message: str, retry_after: int | None = None) -> ProviderError:
+    """The error for a status that is no success."""
+    if status in (401, 402, 403):
+        return ProviderError("upstream_auth", "the model server refused the gateway's credentials")
+    if 300 <= status < 400:
+        return ProviderError("upstream_auth", "the model server answered with a redirect, which is never followed")
+    if status == 429:
+        return ProviderError("rate_limited", "the model server's rate limit is reached", retry_after=retry_after)
+    if status != 408 and 400 <= status < 500:
+        return ProviderError("rejected", message or f"the model server refused the request with status {status}")
+    if status == OVERLOADED:
+        return ProviderError("upstream", "the model server is overloaded", retry_after=retry_after)
+    # RFC 9110: 408 did not get the request, 503 did not handle it; any other may have acted on it.
+    message, taken = f"the model server failed with status {status}", status not in (408, 503)
+    return ProviderError("upstream", message, taken=taken, retry_after=None if taken else retry_after)
+
+
+def message_of(value: object, secrets: list[str]) -> str:
+    """Another server's message, safe to hand on: plain text, short, without our secrets; "" when there is none."""
+    found: object = None
+    if isinstance(value, dict):
+        error = value.get("error")
+        found = error.get("message") if isinstance(error, dict) else error
+        found = found or value.get("message") or value.get("detail")
+    if not isinstance(found, str) or found.lstrip().startswith("<"):
+        return ""
+    for secret in secrets:
+        found = found.replace(secret, "***")
+    return " ".join(found.split()).encode(errors="replace").decode()[:MAX_MESSAGE]
+
+
+def retry_seconds(text: str) -> int | None:
+    """The seconds of a Retry-After (RFC 9110, 10.2.3), at least 1 and at most a day, None when it cannot be read."""
+    if text.isascii() and text.isdigit():
+        return min(max(int(text[:9]), 1), MAX_RETRY_AFTER)
+    import time
+    from email.utils import parsedate_to_datetime
+
+    try:
+        seconds = parsedate_to_datetime(text).timestamp() - time.time()
+    except (ValueError, OverflowError):
+        return None
+    return min(max(round(seconds), 1), MAX_RETRY_AFTER)
+
+
+def broken(error: OSError, answered: bool) -> ProviderError:
+    """The error for a connection that failed. Once a request may have been sent, the turn counts as taken."""
+    import socket
+
+    if isinstance(error, ValueError):  # ssl.SSLCertVerificationError is one, and ssl needs no import for that
+        return ProviderError("upstream", "the model server's certificate could not be verified")
+    refused = isinstance(error, ConnectionRefusedError | socket.gaierror) or error.errno in UNREACHABLE
+    # asyncio joins the failures of several addresses in one text, without an errno
+    if not answered and (refused or str(error).startswith("Multiple exceptions")):
+        return ProviderError("upstream", "the model server could not be reached")
+    return ProviderError("upstream", "the connection to the model server broke", taken=True)
+
+
+async def refusal(response: Response, run_id: str, secrets: list[str]) -> ProviderError:
+    """The error for a response that is no success."""
+    try:
+        message = message_of(json.loads(await response.read(MAX_REFUSAL)), secrets)
+    except (OSError, ValueError, RecursionError):  # the status tells enough
+        message = ""
+    log.warning("run %s: the model server answered with status %d: %s", run_id, response.status, message)
+    return status_error(response.status, message, retry_seconds(response.fields.get("retry-after", "")))
+
+
+async def until(deadline: float | None, work: Awaitable[Result]) -> Result:
+    """What the work gives back, TimeoutError at the deadline, a time of the loop's clock."""
+    if deadline is None:
+        return await work
+    async with asyncio.timeout_at(deadline):
+        return await work
+
+
+async def close(items: AsyncIterator[Any] | None) -> None:
+    """Closes an async generator; what it raises then is only logged."""
+    if (aclose := getattr(items, "aclose", None)) is not None:
+        try:
+            await aclose()
+        except Exception:
+            log.exception("an agent's generator failed while it was closed")
+
+
+class Asked:
+    """A request, its response, and the time they may take: `seconds`, None for any."""
+
+    def __init__(self, run_id: str, seconds: float | None, secrets: list[str]) -> None:
+        self.run_id, self.secrets = run_id, secrets
+        self.clock = asyncio.get_running_loop().time
+        self.deadline = None if seconds is None else self.clock() + seconds
+        self.response: Response | None = None
+        self.is_whole = False  # the answer is not streamed
+        self.source: AsyncIterator[str] | None = None
+        self.timer: asyncio.TimerHandle | None = None
+
+    async def events(self, work: Awaitable[Response]) -> AsyncIterator[str]:
+        """The data of the response's events. OSError: it does not come; ProviderError: it is a refusal."""
+        self.response = response = await until(self.deadline, work)
+        if not 200 <= response.status < 300:
+            raise await until(self.deadline, refusal(response, self.run_id, self.secrets))
+        self.is_whole = response.fields.get("content-type", "").lower().startswith("application/json")
+        if self.is_whole:
+            self.source = self.whole(response)
+        else:
+            if self.deadline is not None:  # one timer for all of them, and closing it ends its events
+                self.timer = asyncio.get_running_loop().call_at(self.deadline, response.close)
+            self.source = response.events()
+        return self.source
+
+    async def whole(self, response: Response) -> AsyncIterator[str]:
+        """The answer of a server that does not stream."""
+        yield (await until(self.deadline, response.read(MAX_ANSWER))).decode("utf-8-sig", "replace")
+
+    def is_late(self) -> bool:
+        """Whether the time is up."""
+        return self.deadline is not None and self.clock() >= self.deadline
+
+    def check(self, done: bool, complete: bool) -> None:
+        """TimeoutError, ProviderError: the events ended before the answer did."""
+        if not done and self.is_late():
+            raise TimeoutError
+        if not (done or complete):
+            raise ProviderError("upstream", "the model server's answer broke off", taken=True)
+
+    def failure(self, error: OSError | ProviderError, spoken: bool) -> ProviderError:
+        """What is to be raised for that; who has spoken may have acted."""
+        if isinstance(error, OSError):
+            log.warning("run %s: the model server: %s", self.run_id, error or type(error).__name__)
+            if self.is_late():
+                return ProviderError("timeout", "the model server took too long", taken=True)
+            error = broken(error, self.response is not None)
+        error.taken |= spoken
+        return error
+
+    async def drain(self) -> None:
+        """Read what follows the last event, most often the end of the body: only then is the connection used again."""
+        if self.source is None or self.response is None:
+            return
+        timer = asyncio.get_running_loop().call_later(DONE_GRACE, self.response.close)
+        try:
+            with suppress(OSError):
+                async for _ in self.source:
+                    pass
+        finally:
+            timer.cancel()
+
+    async def close(self) -> None:
+        """End it, and give its connection back."""
+        if self.timer is not None:
+            self.timer.cancel()
+        if self.response is not None:
+            self.response.close()
+        await close(self.source)
