@@ -95,31 +95,37 @@ def provider(options: dict[str, Any], request: Request, dialect: Dialect) -> Pro
     url, fields = dialect.url_of(options.get("baseUrl") or ""), fields_of(options, dialect)
     words = [word for value in (options.get("headers") or {}).values() for word in value.split()]
     secrets = [word for word in (options.get("apiKey"), *words) if word and len(word) >= MIN_SECRET]
-    seconds = options.get("timeoutSeconds")
+    seconds, told_ = options.get("timeoutSeconds"), partial(told, secrets=secrets)
 
     async def answered(turn: Turn) -> AsyncIterator[Item]:
-        asked, body, spoken, count = Asked(turn["run_id"], seconds, secrets), formed(dialect, turn), False, 0
-        answer = dialect.Answer(partial(told, secrets=secrets))
+        asked, body, spoken, count = Asked(turn["run_id"], seconds), formed(dialect, turn), False, 0
+        answer = dialect.Answer(told_)
         try:
-            async for data in await asked.events(request("POST", url, fields, body)):
-                try:
-                    items = answer.take(data)
-                except NONSENSE:
-                    raise ProviderError("upstream", "the model server's answer makes no sense", taken=True) from None
-                if isinstance(items, str):
-                    if items:
-                        spoken = True
-                        yield items
-                else:
-                    for item in items:
-                        spoken = True
-                        yield item
-                if answer.done:
-                    break
-                count += 1
-                if count % WORDS_AT_ONCE == 0:
-                    await asyncio.sleep(0)  # of what came at once, the others shall not pay
-            asked.check(answer.done, bool(answer.finish_reason) or (asked.is_whole and spoken))
+            whole = await asked.open(request("POST", url, fields, body), secrets)
+            if asked.events is None:
+                for item in items_of(answer, whole):
+                    spoken = True
+                    yield item
+            else:
+                async for data in asked.events:
+                    try:
+                        items = answer.take(data)
+                    except NONSENSE:
+                        raise nonsense() from None
+                    if isinstance(items, str):
+                        if items:
+                            spoken = True
+                            yield items
+                    else:
+                        for item in items:
+                            spoken = True
+                            yield item
+                    if answer.done:
+                        break
+                    count += 1
+                    if count % WORDS_AT_ONCE == 0:
+                        await asyncio.sleep(0)  # of what came at once, the others shall not pay
+            asked.check(answer, spoken)
             for item in answer.end():
                 yield item
             await asked.drain()
@@ -129,6 +135,20 @@ def provider(options: dict[str, Any], request: Request, dialect: Dialect) -> Pro
             await asked.close()
 
     return answered
+
+
+def nonsense() -> ProviderError:
+    """The error for an answer that cannot be read."""
+    return ProviderError("upstream", "the model server's answer makes no sense", taken=True)
+
+
+def items_of(answer: Answer, whole: str) -> list[Item]:
+    """The items of a whole answer; ProviderError where it cannot be read."""
+    try:
+        items = answer.take(whole)
+    except NONSENSE:
+        raise nonsense() from None
+    return items if isinstance(items, list) else [items] if items else []
 
 
 def fields_of(options: dict[str, Any], dialect: Dialect) -> list[tuple[str, str]]:
@@ -250,46 +270,42 @@ async def close(items: AsyncIterator[Any] | None) -> None:
 class Asked:
     """A request, its response, and the time they may take: `seconds`, None for any."""
 
-    def __init__(self, run_id: str, seconds: float | None, secrets: list[str]) -> None:
-        self.run_id, self.secrets = run_id, secrets
-        self.clock = asyncio.get_running_loop().time
+    __slots__ = ("clock", "deadline", "events", "response", "run_id", "timer")
+
+    def __init__(self, run_id: str, seconds: float | None) -> None:
+        self.run_id, self.clock = run_id, asyncio.get_running_loop().time
         self.deadline = None if seconds is None else self.clock() + seconds
         self.response: Response | None = None
-        self.is_whole = False  # the answer is not streamed
-        self.source: AsyncIterator[str] | None = None
+        self.events: AsyncIterator[str] | None = None  # of an answer that is streamed
         self.timer: asyncio.TimerHandle | None = None
 
-    async def events(self, work: Awaitable[Response]) -> AsyncIterator[str]:
-        """The data of the response's events. OSError: it does not come; ProviderError: it is a refusal."""
+    async def open(self, work: Awaitable[Response], secrets: list[str]) -> str:
+        """Set `events`, else return the whole answer. OSError: it does not come; ProviderError: it is a refusal."""
         self.response = response = await until(self.deadline, work)
         if not 200 <= response.status < 300:
-            raise await until(self.deadline, refusal(response, self.run_id, self.secrets))
-        self.is_whole = response.fields.get("content-type", "").lower().startswith("application/json")
-        if self.is_whole:
-            self.source = self.whole(response)
-        else:
-            if self.deadline is not None:  # one timer for all of them, and closing it ends its events
-                self.timer = asyncio.get_running_loop().call_at(self.deadline, response.close)
-            self.source = response.events()
-        return self.source
-
-    async def whole(self, response: Response) -> AsyncIterator[str]:
-        """The answer of a server that does not stream."""
-        yield (await until(self.deadline, response.read(MAX_ANSWER))).decode("utf-8-sig", "replace")
+            raise await until(self.deadline, refusal(response, self.run_id, secrets))
+        if response.fields.get("content-type", "").lower().startswith("application/json"):
+            return (await until(self.deadline, response.read(MAX_ANSWER))).decode("utf-8-sig", "replace")
+        if self.deadline is not None:  # one timer for all of them, and closing it ends its events
+            self.timer = asyncio.get_running_loop().call_at(self.deadline, response.close)
+        self.events = response.events()
+        return ""
 
     def is_late(self) -> bool:
         """Whether the time is up."""
         return self.deadline is not None and self.clock() >= self.deadline
 
-    def check(self, done: bool, complete: bool) -> None:
-        """TimeoutError, ProviderError: the events ended before the answer did."""
-        if not done and self.is_late():
+    def check(self, answer: Answer, spoken: bool) -> None:
+        """TimeoutError, ProviderError: the response ended before the answer did."""
+        if answer.done:
+            return
+        if self.is_late():
             raise TimeoutError
-        if not (done or complete):
+        if not answer.finish_reason and (self.events is not None or not spoken):
             raise ProviderError("upstream", "the model server's answer broke off", taken=True)
 
     def failure(self, error: OSError | ProviderError, spoken: bool) -> ProviderError:
-        """What is to be raised for that; who has spoken may have acted."""
+        """What is to be raised for that; a model that has spoken may have acted."""
         if isinstance(error, OSError):
             log.warning("run %s: the model server: %s", self.run_id, error or type(error).__name__)
             if self.is_late():
@@ -300,12 +316,12 @@ class Asked:
 
     async def drain(self) -> None:
         """Read what follows the last event, most often the end of the body: only then is the connection used again."""
-        if self.source is None or self.response is None:
+        if self.response is None or self.events is None:
             return
         timer = asyncio.get_running_loop().call_later(DONE_GRACE, self.response.close)
         try:
             with suppress(OSError):
-                async for _ in self.source:
+                async for _ in self.events:
                     pass
         finally:
             timer.cancel()
@@ -316,4 +332,4 @@ class Asked:
             self.timer.cancel()
         if self.response is not None:
             self.response.close()
-        await close(self.source)
+        await close(self.events)

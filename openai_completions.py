@@ -10,7 +10,6 @@ from typing import Any
 
 MAX_FRAMES = 5  # words of an answer around which one is looked for; some servers have another in each chunk
 FINISH_REASONS = {"stop", "length", "tool_calls", "content_filter"}
-COUNTS = ("prompt_tokens", "completion_tokens")
 ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 PLAIN = re.compile(r'[^"\\\x00-\x1f]+')  # RFC 8259, 7: unescaped; in a JSON string it stands for itself
 
@@ -110,7 +109,9 @@ class Answer:
 
 def is_usage(usage: object) -> bool:
     """Whether these are measured tokens."""
-    return isinstance(usage, dict) and all(isinstance(usage.get(name, 0), int) for name in COUNTS)
+    if not isinstance(usage, dict):
+        return False
+    return isinstance(usage.get("prompt_tokens"), int) and isinstance(usage.get("completion_tokens", 0), int)
 
 
 def frame_of(chunk: str, text: str) -> tuple[str, str] | None:

@@ -71,14 +71,14 @@ def checked(item: object) -> Item | None:
     if isinstance(item, str):
         return well_formed(item) if item else None
     if isinstance(item, dict) and len(item) == 1:
+        if item.get("finish_reason") in FINISH_REASONS or (isinstance(item.get("tool"), dict) and fits(item["tool"])):
+            return item
         if usage := usage_of(item.get("usage")):
             return {"usage": usage}
         if isinstance(thought := item.get("reasoning"), str):
             return {"reasoning": well_formed(thought)} if thought else None
         if calls := fragments(item.get("tool_calls")):
             return {"tool_calls": calls}
-        if item.get("finish_reason") in FINISH_REASONS or (isinstance(item.get("tool"), dict) and fits(item["tool"])):
-            return item
     name = type(item).__name__
     raise ProviderError("internal", f"the agent gave a {name} that is neither text nor an event", taken=True)
 
