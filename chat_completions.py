@@ -74,11 +74,13 @@ _FIELDS: dict[str, tuple[tuple[type, ...], str]] = {
     "top_p": (_NUMBER, "a number"),
     "verbosity": (_TEXT, "a string"),
 }
-# Of these, what the gateway itself answers to, or does not hand on.
+# What tells the agent of the client's own tools.
+_TOOLS = ("tools", "tool_choice", "parallel_tool_calls")
+# Of these, what the gateway itself answers to, does not hand on, or not to every agent.
 _OURS = {
-    "function_call", "functions", "metadata", "model", "parallel_tool_calls", "stream", "stream_options",
-    "tool_choice", "tools",
+    "function_call", "functions", "metadata", "model", "stream", "stream_options", *_TOOLS,
 }  # fmt: skip
+ROLES = ("user", "assistant", "tool", "function")  # of a conversation's messages
 _CLOSER = frozenset({"n", "stop", "stream_options", "tools", "user"})  # of these, a type does not say enough
 _JSON = {type(None): "null", bool: "a boolean", int: "a number", float: "a number", str: "a string", list: "an array"}
 
@@ -117,6 +119,7 @@ class ChatRequest(NamedTuple):
     messages: list[dict[str, Any]]  # the conversation: role, content (text), and tool_calls, tool_call_id, name
     message: str  # the text of the last user or tool message
     params: dict[str, Any]  # sampling fields, as sent
+    tools: dict[str, Any]  # `tools`, with `tool_choice` and `parallel_tool_calls`, as sent; {} without tools
 
 
 class Target(NamedTuple):
@@ -180,7 +183,17 @@ def parse_request(body: bytes) -> ChatRequest:
     user, usage = ("", False) if _CLOSER.isdisjoint(fields) else _look_closer(fields)
     system, messages, message = parse_messages(fields.get("messages"))
     stream = fields.get("stream") is True
-    return ChatRequest(fields.get("model") or "", user, stream, usage, system, messages, message, params)
+    tools = {}
+    if fields.get("tools"):
+        tools = {name: value for name in _TOOLS if (value := fields.get(name)) is not None}
+    return ChatRequest(fields.get("model") or "", user, stream, usage, system, messages, message, params, tools)
+
+
+def check_tools(call: ChatRequest, agent_id: str) -> None:
+    """Let a call pass whose tools the agent cannot use. APIError: 400, since the client counts on them."""
+    if call.tools and call.tools.get("tool_choice") != "none":
+        said = f"Agent `{agent_id}` takes no tools of its clients: leave `tools` out, send `tool_choice` as `none`,"
+        _refuse("tools", f"{said} or ask for an agent that has `clientTools: true`.")
 
 
 def _look_closer(fields: Mapping[str, Any]) -> tuple[str, bool]:
@@ -219,7 +232,7 @@ def parse_messages(messages: object) -> tuple[str, list[dict[str, Any]], str]:
             _must(f"messages[{n}].tool_calls", "an array of objects")
         if role in ("system", "developer"):
             system += [text] if text else []
-        elif role in ("user", "assistant", "tool", "function") and (text or calls):
+        elif role in ROLES and (text or calls or (role == "tool" and entry.get("tool_call_id"))):
             kept: dict[str, Any] = {"role": "tool" if role == "function" else role, "content": text}
             if len(entry) > 2:
                 kept |= {key: entry[key] for key in ("name", "tool_call_id") if isinstance(entry.get(key), str)}
@@ -430,12 +443,23 @@ def printable(value: str) -> str:
     return _UNPRINTABLE.sub(lambda m: b"%%%02X" % m[0][0], raw).decode("ascii")
 
 
-def completion(run_id: str, call: ChatRequest, text: str, finish_reason: str, usage: Mapping[str, int]) -> bytes:
+def completion(
+    run_id: str,
+    call: ChatRequest,
+    text: str,
+    finish_reason: str,
+    usage: Mapping[str, int],
+    calls: Sequence[Mapping[str, Any]] = (),
+    reasoning: str = "",
+) -> bytes:
     """Return the whole answer, a `chat.completion` object with the run's id, as JSON."""
+    more = f',"reasoning_content":{encode_basestring_ascii(reasoning)}' if reasoning else ""
+    more += f',"tool_calls":{json.dumps(calls)}' if calls else ""
+    content = "null" if calls and not text else encode_basestring_ascii(text)
     return (
         f'{{"id":"{run_id}","object":"chat.completion","created":{int(time.time())},'
         f'"model":{encode_basestring_ascii(call.model or DEFAULT_MODEL)},"choices":[{{"index":0,"message":'
-        f'{{"role":"assistant","content":{encode_basestring_ascii(text)}}},"finish_reason":"{finish_reason}"}}],'
+        f'{{"role":"assistant","content":{content}{more}}},"finish_reason":"{finish_reason}"}}],'
         f'"usage":{_usage(usage)}}}'
     ).encode("ascii")
 
@@ -483,11 +507,16 @@ class EventStream:
             self._write(KEEP_ALIVE)
 
     def take(self, kind: str, data: Any) -> bool:
-        """Send what an event of the run is here, a word or that it has begun. True: the reader is slow."""
+        """Send what an event of the run is here: a delta, or that it has begun. True: the reader is slow."""
         if kind == "delta":  # ASCII, since some clients split lines at U+2028 and its like
-            delta = f'{{"index":0,"delta":{{"content":{encode_basestring_ascii(data)}}},"finish_reason":null}}]}}\n\n'
-            return self._write((self._start + delta).encode())
-        return not self._begun and self._write(b"")
+            delta = f'"content":{encode_basestring_ascii(data)}'
+        elif kind == "reasoning":  # DeepSeek's word for it; OpenAI has none
+            delta = f'"reasoning_content":{encode_basestring_ascii(data)}'
+        elif kind == "tool_calls":
+            delta = f'"tool_calls":{json.dumps(data)}'
+        else:
+            return not self._begun and self._write(b"")
+        return self._write(f'{self._start}{{"index":0,"delta":{{{delta}}},"finish_reason":null}}]}}\n\n'.encode())
 
     def end(self, kind: str, data: Any, usage: Mapping[str, int]) -> bool:
         """Send what the last event of the run is here. True: the reader is slow. APIError: it failed before a word."""

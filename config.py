@@ -129,6 +129,7 @@ PROVIDERS: dict[str, dict[str, Table]] = {
 PROVIDERS["anthropic-messages"] = PROVIDERS["openai-completions"] | {
     "baseUrl": PROVIDERS["openai-completions"]["baseUrl"]._replace(default=None)  # type: ignore[union-attr]
 }
+SERVERS = {"openai-completions", "anthropic-messages"}  # they take what their clients send besides text
 CLI_BACKEND: dict[str, Table] = {
     **PROVIDERS["command"],
     "input": _choice("arg", "arg", "stdin"),
@@ -142,6 +143,7 @@ AGENT: dict[str, Table] = {
     "model": MODEL,
     "systemPrompt": TEXT,
     "params": {"*": ANY},
+    "clientTools": FLAG,
     "timeoutSeconds": TIMEOUT,
     **dict.fromkeys(("models", "pdfModel", "systemPromptOverride")),
 }
@@ -223,6 +225,7 @@ class Agent(NamedTuple):
     system_prompt: str
     params: dict[str, object]
     timeout_seconds: float
+    client_tools: bool  # its models may call tools of the client's
 
 
 class Provider(NamedTuple):
@@ -441,10 +444,18 @@ def _agents(section: dict[str, Any], providers: dict[str, Provider], settings: R
         entry["model"] = {"primary": models[0], "fallbacks": models[1:]}
         entry["name"] = entry["name"] or name
         entry["params"] = {**defaults["params"], **entry["params"]}
-        for key in ("systemPrompt", "timeoutSeconds"):
+        for key in ("systemPrompt", "timeoutSeconds", "clientTools"):
             entry[key] = defaults[key] if entry[key] is None else entry[key]
+        if entry["clientTools"] is None:
+            entry["clientTools"] = _apis(models, providers) <= SERVERS
         agents[name] = Agent(
-            name, entry["name"], models, entry["systemPrompt"] or "", entry["params"], entry["timeoutSeconds"]
+            name,
+            entry["name"],
+            models,
+            entry["systemPrompt"] or "",
+            entry["params"],
+            entry["timeoutSeconds"],
+            entry["clientTools"],
         )
     chosen = [entry["id"] for entry in entries if entry["default"]]
     if len(chosen) > 1:
@@ -456,6 +467,21 @@ def _agents(section: dict[str, Any], providers: dict[str, Provider], settings: R
             said = f'model "{model}" ({", ".join(ids)}): models.providers has no "{provider}", so its runs fail'
             settings.warnings.append(said + settings.near(provider, providers))
     return agents
+
+
+def _apis(models: Iterable[str], providers: dict[str, Provider]) -> set[str]:
+    """What the providers of these models speak; "" for those that are not there."""
+    found = (providers.get(model.partition("/")[0]) for model in models)
+    return {provider.api if provider else "" for provider in found}
+
+
+def misfits(agent: Agent, providers: dict[str, Provider]) -> list[str]:
+    """Return what is wrong with an agent that no function answers for, [] for nothing."""
+    deaf = sorted(_apis(agent.models, providers) & {"echo", "command"})
+    if not agent.client_tools or not deaf:
+        return []
+    said = f"clientTools is true, but its models of {' and '.join(deaf)} know nothing of a client's tools"
+    return [f'agents.list: "{agent.id}": {said}']
 
 
 def _models(value: Any) -> tuple[Any, ...]:

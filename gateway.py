@@ -120,6 +120,8 @@ class House:
             if agent.id in agents:
                 self.providers[agent.id] = [("python", "", python_agents.python_function(agents[agent.id]))]
                 continue
+            if problems := configuration.misfits(agent, config.providers):
+                raise ConfigError(problems)
             self.providers[agent.id] = []
             for model in agent.models:
                 name, _, rest = model.partition("/")
@@ -653,11 +655,16 @@ class Gateway:
             ("x-copepod-session-key", chat.printable(target.session_key)),
             ("x-copepod-agent-id", target.agent_id),
         ]
+        params = call.params
+        if call.tools and house.config.agents[target.agent_id].client_tools:
+            params = params | call.tools
+        else:
+            chat.check_tools(call, target.agent_id)
         c = x.connection
         c.watch()
         try:
             ids = (f"chatcmpl_{uuid}", uuid)
-            run = self.accept(house, target, call.message, call.messages, call.system, call.params, ids, caller=caller)
+            run = self.accept(house, target, call.message, call.messages, call.system, params, ids, caller=caller)
             if call.stream:
                 unsent = c.transport.get_write_buffer_size
                 stream = chat.EventStream(run.id, call.model, call.include_usage, Stream(x).send, unsent, now)
@@ -681,7 +688,9 @@ class Gateway:
             raise chat.run_error(**data)
         if run.lost:
             x.fields.append(("x-copepod-store", "failed"))
-        return x.send(200, chat.completion(run.id, call, "".join(run.answer), data, run.usage))
+        message, thoughts = run.message, "".join(run.thoughts)
+        calls = message.get("tool_calls", ())
+        return x.send(200, chat.completion(run.id, call, message["content"], data, run.usage, calls, thoughts))
 
     def accept(
         self,

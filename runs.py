@@ -12,18 +12,20 @@ from typing import Any
 
 MAX_LANE = 32  # runs that wait behind the running one of their session
 MAX_WAITING = 1024  # runs that wait for a free place, all sessions together
-MAX_ANSWER = 8 * 1024 * 1024  # characters of one answer; far beyond any model's
+MAX_ANSWER = 8 * 1024 * 1024  # characters of one answer, thoughts and calls included; far beyond any model's
+FRAGMENT = 64  # characters that a fragment of a call counts for at least; an empty one takes room, too
 CANCEL_SECONDS = 1.0  # until a run that outlives its cancellation is cancelled again
 
 Message = dict[str, Any]  # role, content (text), and tool_calls, tool_call_id, name where they are
 Event = tuple[str, Any]
 # What observers are told of a run, in this order; after "end" or "error" comes nothing:
-#   ("accepted", None) ("start", None) ("delta", text) ("tool", dict) ("usage", dict) ("end", finish_reason)
+#   ("accepted", None) ("start", None) ("delta", text) ("reasoning", text) ("tool", dict) ("tool_calls", fragments)
+#   ("usage", dict) ("end", finish_reason)
 #   ("error", {"kind", "message", "retry_after", "taken"})
 ACCEPTED: Event = ("accepted", None)
 START: Event = ("start", None)
 CANCELLED: Event = ("error", {"kind": "cancelled", "message": "The run was cancelled."})
-Item = str | dict[str, Any]  # of a provider: a delta; tool, usage or finish_reason
+Item = str | dict[str, Any]  # of a provider: a delta; tool, tool_calls, reasoning, usage or finish_reason
 Provider = Callable[[dict[str, Any]], AsyncIterator[Any]]
 Take = Callable[[str, Any], bool]  # (kind, data) of an event; True: the reader is slow
 
@@ -52,9 +54,9 @@ class Run:
     """One turn of one agent in one session. `session_key` is its key as its owner knows it, `lane` as it is stored."""
 
     __slots__ = (
-        "agent_id", "answer", "cancels", "deadline", "ended_at", "finish_reason", "gate", "gone", "id", "lane", "lost",
-        "outside", "owner", "placed", "provider", "providers", "room", "said", "session_key", "spoken", "started_at",
-        "stopping", "stored", "task", "turn", "usage",
+        "agent_id", "answer", "calls", "cancels", "deadline", "ended_at", "finish_reason", "gate", "gone", "id",
+        "lane", "lost", "outside", "owner", "placed", "provider", "providers", "room", "said", "session_key", "spoken",
+        "started_at", "stopping", "stored", "task", "thoughts", "turn", "usage",
     )  # fmt: skip
 
     def __init__(
@@ -95,6 +97,8 @@ class Run:
         self.finish_reason = "stop"
         self.provider = ""  # the name of the one that answers
         self.answer: list[str] = []  # the deltas so far
+        self.thoughts: list[str] = []  # likewise, of reasoning
+        self.calls: list[list[dict[str, Any]]] = []  # likewise, of calls of the client's tools
         self.started_at: float | None = None  # seconds since the epoch
         self.ended_at: float | None = None
         self.task: asyncio.Task[Any] | None = None  # the one that drives it
@@ -116,19 +120,34 @@ class Run:
 
     def take(self, item: Item) -> Event | None:
         """Return the event that an item of a provider is, None for what only the end tells."""
+        kept: list[Any] | None = None
         if isinstance(item, str):
-            self.room -= len(item)
-            if self.room < 0:
-                raise RunError("upstream", "The agent's answer is too long.", taken=True)
-            self.spoken = True
-            self.answer.append(item)
-            return "delta", item
-        if "tool" in item:
-            self.spoken = True
-            return "tool", item["tool"]
-        self.usage = item.get("usage", self.usage)
-        self.finish_reason = item.get("finish_reason", self.finish_reason)
-        return None
+            event, size, kept = ("delta", item), len(item), self.answer
+        elif "tool" in item:
+            event, size = ("tool", item["tool"]), 0
+        elif "reasoning" in item:
+            event, size, kept = ("reasoning", item["reasoning"]), len(item["reasoning"]), self.thoughts
+        elif calls := item.get("tool_calls"):
+            texts = (text for each in calls for text in (each.get("id", ""), *each["function"].values()))
+            size = FRAGMENT * len(calls) + sum(map(len, texts))
+            event, kept = ("tool_calls", calls), self.calls
+        else:
+            self.usage = item.get("usage", self.usage)
+            self.finish_reason = item.get("finish_reason", self.finish_reason)
+            return None
+        self.room -= size
+        if self.room < 0:
+            raise RunError("upstream", "The agent's answer is too long.", taken=True)
+        self.spoken = True
+        if kept is not None:
+            kept.append(event[1])
+        return event
+
+    @property
+    def message(self) -> Message:
+        """The assistant's message, as far as it has come."""
+        message: Message = {"role": "assistant", "content": "".join(self.answer)}
+        return message | {"tool_calls": joined(self.calls)} if self.calls else message
 
     def left(self, error: BaseException) -> bool:
         """Whether `error` is of the one that drives it: a cancel that is not `stop`'s, or its reader that is gone."""
@@ -144,6 +163,39 @@ class Run:
             self.cancels -= 1
             self.task.uncancel()
         return self.task is not None and self.task.cancelling() > 0
+
+
+def joined(deltas: Sequence[Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Return the calls that these deltas tell of, in the form of OpenAI's `message.tool_calls`."""
+    calls: dict[int, tuple[dict[str, Any], list[str]]] = {}
+    for fragment in (fragment for delta in deltas for fragment in delta):
+        call, arguments = calls.setdefault(fragment["index"], ({"id": "", "name": ""}, []))
+        function = fragment["function"]
+        call["id"] = call["id"] or fragment.get("id", "")
+        call["name"] = call["name"] or function.get("name", "")
+        arguments.append(function.get("arguments", ""))
+    return [
+        {"id": call["id"], "type": "function", "function": {"name": call["name"], "arguments": "".join(arguments)}}
+        for call, arguments in calls.values()
+    ]
+
+
+def settled(messages: Sequence[Message]) -> list[Message]:
+    """Return the messages without the calls that got no result: every server refuses them, for ever after."""
+    found: list[Message] = []
+    answered: set[Any] = set()  # ids of the results that directly follow
+    for message in reversed(messages):
+        if message["role"] == "tool":
+            answered.add(message.get("tool_call_id"))
+        elif calls := message.get("tool_calls"):
+            message = {name: value for name, value in message.items() if name != "tool_calls"}
+            if kept := [call for call in calls if isinstance(id_ := call.get("id"), str) and id_ in answered]:
+                message["tool_calls"] = kept
+        if message["role"] != "tool":
+            answered = set()
+        if message["role"] != "assistant" or message.get("content") or message.get("tool_calls"):
+            found.append(message)
+    return found[::-1]
 
 
 def undoubled(transcript: Sequence[Message], messages: Sequence[Message]) -> Sequence[Message]:
@@ -290,8 +342,8 @@ class Runs:
     ) -> Event:
         """Let the agent of an accepted run work to its end, and return the last event: ("end", ...) or ("error", ...).
 
-        `take(kind, data)` is called with each "delta" and "tool" event; when it returns True, the agent rests until
-        `drain()` is over. Cancelling the task that drives, or what these two raise, ends the run down to its last
+        `take(kind, data)` is called with each event from "delta" to "tool_calls"; when it returns True, the agent rests
+        until `drain()` is over. Cancelling the task that drives, or what these two raise, ends the run down to its last
         resource, and is raised again.
         """
         run.task = asyncio.current_task()
@@ -306,11 +358,13 @@ class Runs:
             self._tell(run, START)
             new = await self._recall(run) if run.stored else None
             await self._answer(run, take, drain)
+            if run.calls and run.finish_reason == "stop":  # some servers say so, and clients go by it
+                run.finish_reason = "tool_calls"
             if run.stopping is not None:  # its agent ended instead of being cancelled
                 raise run.stopping
             run.said = True
             if new is not None:
-                await self._keep(run, [*new, {"role": "assistant", "content": "".join(run.answer)}])
+                await self._keep(run, [*new, run.message])
             if run.usage:
                 self._tell(run, ("usage", run.usage))
             run.ended_at = time.time()
@@ -369,7 +423,8 @@ class Runs:
             self._lost(run, "read", e)
             return None
         new = undoubled(transcript, run.turn["messages"])
-        run.turn["messages"] = [*transcript, *new]
+        messages = [*transcript, *new]
+        run.turn["messages"] = settled(messages) if any("tool_calls" in message for message in messages) else messages
         return new
 
     async def _keep(self, run: Run, messages: list[Message]) -> None:

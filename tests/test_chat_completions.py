@@ -246,8 +246,36 @@ def test_a_right_type_is_taken(name: str, kind: str) -> None:
 
 
 def test_defaults() -> None:
-    assert parse() == ChatRequest("", "", False, False, "", [USER], "hi", {})
+    assert parse() == ChatRequest("", "", False, False, "", [USER], "hi", {}, {})
     assert parse(unknown=[1, {"x": None}], store=True) == parse()
+
+
+TOOL = {"type": "function", "function": {"name": "look"}}
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"tools": [TOOL]}, {"tools": [TOOL]}),
+        ({"tools": [TOOL], "tool_choice": "required", "parallel_tool_calls": False, "functions": [{}]},
+         {"tools": [TOOL], "tool_choice": "required", "parallel_tool_calls": False}),
+        ({"tools": [TOOL], "tool_choice": None}, {"tools": [TOOL]}),
+        ({"tools": [], "tool_choice": "required"}, {}),
+        ({"tools": None, "tool_choice": "auto", "parallel_tool_calls": True}, {}),
+    ],
+)  # fmt: skip
+def test_tools(fields: dict[str, Any], expected: dict[str, Any]) -> None:
+    call = parse(**fields)
+    assert call.tools == expected
+    assert call == parse()._replace(tools=expected)
+    if not expected:
+        chat.check_tools(call, "main")
+        return
+    chat.check_tools(parse(**{**fields, "tool_choice": "none"}), "main")
+    with pytest.raises(APIError, match="Agent `main` takes no tools") as error:
+        chat.check_tools(call, "main")
+    assert (error.value.status, error.value.param) == (400, "tools")
+    assert "clientTools: true" in error.value.message
 
 
 @pytest.mark.parametrize("value", [None, 1, 1.0])
@@ -339,6 +367,8 @@ def said(role: str, content: Any = "x", **more: Any) -> dict[str, Any]:
          [said("user")], "x"),
         ([said("user", tool_calls=None), said("assistant", "b", tool_calls=[])], "",
          [said("user"), said("assistant", "b")], "x"),
+        ([said("user", "a"), said("assistant", "", tool_calls=[CALL]), said("tool", "", tool_call_id="c1")], "",
+         [said("user", "a"), said("assistant", "", tool_calls=[CALL]), said("tool", "", tool_call_id="c1")], "a"),
         ([said("user", " ")], "", [said("user", " ")], " "),
         ([said("user", "é\u2028\0")], "", [said("user", "é\u2028\0")], "é\u2028\0"),
     ],
@@ -684,6 +714,35 @@ def test_stream(value: str, include_usage: bool) -> None:
     expected = [[ROLE], [word(value)], [word("more")], [finish]] + ([[]] if include_usage else [])
     assert [chunk["choices"] for chunk in chunks] == expected
     assert ["usage" in chunk for chunk in chunks] == [False] * 4 + [True] * include_usage
+
+
+FRAGMENTS = [{"index": 0, "id": "c", "type": "function", "function": {"name": "look", "arguments": '{"at": "\u2028'}}]
+CALLED = [{"id": "c", "type": "function", "function": {"name": "look", "arguments": "{}"}}]
+
+
+@pytest.mark.parametrize(
+    ("text", "calls", "reasoning", "expected"),
+    [
+        ("", CALLED, "", {"content": None, "tool_calls": CALLED}),
+        ("a", CALLED, "", {"content": "a", "tool_calls": CALLED}),
+        ("a", (), "h\u2028m", {"content": "a", "reasoning_content": "h\u2028m"}),
+        ("", (), "hm", {"content": "", "reasoning_content": "hm"}),
+        ("", CALLED, "hm", {"content": None, "tool_calls": CALLED, "reasoning_content": "hm"}),
+    ],
+)
+def test_completion_with_more_than_text(text: str, calls: Any, reasoning: str, expected: dict[str, Any]) -> None:
+    body = chat.completion(RUN_ID, parse(), text, "stop", USAGE, calls, reasoning)
+    assert body.isascii()
+    assert json.loads(body)["choices"][0]["message"] == {"role": "assistant", **expected}
+
+
+def test_stream_with_more_than_text() -> None:
+    out = Output()
+    out.stream.take("reasoning", "h\u2028m")
+    out.stream.take("tool_calls", FRAGMENTS)
+    out.stream.end("end", "tool_calls", {})
+    deltas = [chunk["choices"][0]["delta"] for chunk in out.chunks()]
+    assert deltas == [ROLE["delta"], {"reasoning_content": "h\u2028m"}, {"tool_calls": FRAGMENTS}, {}]
 
 
 def test_stream_without_a_word() -> None:

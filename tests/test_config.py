@@ -77,7 +77,7 @@ def test_the_built_in_default() -> None:
     assert (got.max_connections, got.drain_seconds) == (1024, 30)
     assert (got.keep_alive_seconds, got.write_timeout_seconds) == (30, 30)
     assert (got.chat_completions, got.tls, got.max_concurrent) == (False, None, 64)
-    assert got.agents == {"main": config.Agent("main", "main", ("echo/echo",), "", {}, 570)}
+    assert got.agents == {"main": config.Agent("main", "main", ("echo/echo",), "", {}, 570, False)}
     assert got.default_agent == "main"
     assert got.providers == {"echo": config.Provider("echo", "echo", {})}
     assert got.state_dir == "/home/someone/.copepod"
@@ -778,6 +778,36 @@ def test_an_api_of_the_family_starts_with_a_warning(api: str) -> None:
     got = built(provider(api=api, baseUrl="http://a"))
     assert got.warnings == (f'models.providers.x.api: "{api}" is not spoken here, so its runs fail',)
     assert "x" not in got.providers
+
+
+TOOLS = {"up": {"api": "openai-completions", "baseUrl": "http://a"}, "claude": {"api": "anthropic-messages"},
+         "mine": {"api": "python", "entry": "a:b"}, "tool": {"api": "command", "command": "x"}}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("model", "said", "expected", "problem"),
+    [
+        ("up/a", {}, True, ""),
+        ({"primary": "up/a", "fallbacks": ["claude/b"]}, {}, True, ""),
+        ({"primary": "up/a", "fallbacks": ["mine/b"]}, {}, False, ""),
+        ({"primary": "up/a", "fallbacks": ["nobody/b"]}, {}, False, ""),
+        ("mine/a", {}, False, ""),
+        ("mine/a", {"clientTools": True}, True, ""),
+        ("up/a", {"clientTools": False}, False, ""),
+        ("echo/a", {}, False, ""),
+        ("echo/a", {"clientTools": True}, True, "of echo know nothing of a client's tools"),
+        ({"primary": "tool/a", "fallbacks": ["up/a", "echo/a"]}, {"clientTools": True}, True, "of command and echo"),
+    ],
+)
+def test_client_tools(model: Any, said: dict[str, Any], expected: bool, problem: str) -> None:
+    raw = {"models": {"providers": TOOLS}, **agents({"id": "a", "model": model, **said})}
+    got = built(raw)
+    assert got.agents["a"].client_tools is expected
+    problems = config.misfits(got.agents["a"], got.providers)
+    assert [problem in each for each in problems] == [True] * bool(problem)
+    if not said:
+        raw |= agents({"id": "a", "model": model}, clientTools=False)
+        assert built(raw).agents["a"].client_tools is False
 
 
 def test_anthropic_has_an_address_of_its_own() -> None:

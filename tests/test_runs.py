@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import runs as module
-from runs import CANCELLED, Run, RunError, Runs, failure, undoubled
+from runs import CANCELLED, Run, RunError, Runs, failure, joined, settled, undoubled
 
 SECONDS = 10  # a bound, never waited for
 QUEUED = ("accepted", "start")  # these are told to observers
@@ -94,8 +94,12 @@ class Desk(Runs):
         last = await self.drive(run, lambda kind, data: taken.append((kind, data)) or False)  # type: ignore[func-returns-value]
         events = [(kind, data) for who, kind, data in self.told if who is run and kind not in QUEUED]
         assert events[-1] == last
-        assert taken == [event for event in events if event[0] in ("delta", "tool")]
+        assert taken == [event for event in events if event[0] in ("delta", "reasoning", "tool", "tool_calls")]
         return events
+
+    async def take_all(self, run: Run) -> list[tuple[str, Any]]:
+        self.accept(run)
+        return await self.take(run)
 
     def begin(self, run: Run) -> asyncio.Task[list[tuple[str, Any]]]:
         self.accept(run)
@@ -1007,6 +1011,97 @@ RESULT = {"role": "tool", "content": "r", "tool_call_id": "c1"}
 )
 def test_undoubled(transcript: Any, messages: Any, kept: int) -> None:
     assert list(undoubled(transcript, messages)) == messages[len(messages) - kept :]
+
+
+def fragment(index: int, name: str = "", arguments: str = "", id: str = "") -> dict[str, Any]:
+    first = {"id": id, "type": "function"} if id else {}
+    return {
+        "index": index,
+        **first,
+        "function": {key: text for key, text in (("name", name), ("arguments", arguments)) if text},
+    }
+
+
+def call(id: str, name: str = "f", arguments: str = "{}") -> dict[str, Any]:
+    return {"id": id, "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+@pytest.mark.parametrize(
+    ("deltas", "expected"),
+    [
+        ([], []),
+        ([[fragment(0, "f", "{}", "a")]], [call("a")]),
+        ([[fragment(0, "f", "", "a")], [fragment(0, "", "{")], [fragment(0, "", "}")]], [call("a")]),
+        ([[fragment(0, "f", "{", "a"), fragment(1, "g", "{}", "b")], [fragment(0, "f", "}", "a")]],
+         [call("a"), call("b", "g")]),
+        ([[fragment(7)]], [call("", "", "")]),
+    ],
+)  # fmt: skip
+def test_joined(deltas: Any, expected: Any) -> None:
+    assert joined(deltas) == expected
+
+
+def calls(*ids: Any, text: str = "") -> dict[str, Any]:
+    return {"role": "assistant", "content": text, "tool_calls": [{"id": id, "function": {"name": "f"}} for id in ids]}
+
+
+def result(id: str) -> dict[str, Any]:
+    return {"role": "tool", "content": "r", "tool_call_id": id}
+
+
+@pytest.mark.parametrize(
+    ("messages", "expected"),
+    [
+        ([U("a"), calls("1"), result("1"), A("b")], None),
+        ([U("a"), calls("1", "2"), result("2"), result("1"), calls("3"), result("3")], None),
+        ([U("a"), calls("1"), U("b")], [U("a"), U("b")]),
+        ([U("a"), calls("1", text="t"), U("b")], [U("a"), A("t"), U("b")]),
+        ([U("a"), calls("1", "2"), result("2"), U("b")], [U("a"), calls("2"), result("2"), U("b")]),
+        ([U("a"), calls("1"), U("b"), result("1")], [U("a"), U("b"), result("1")]),
+        ([U("a"), calls(None, {})], [U("a")]),
+    ],
+)
+def test_calls_without_a_result_are_no_burden(messages: Any, expected: Any) -> None:
+    before = repr(messages)
+    assert settled(messages) == (messages if expected is None else expected)
+    assert repr(messages) == before
+
+
+def test_calls_and_thoughts() -> None:
+    first, more = [fragment(0, "f", "{", "a")], [fragment(0, "", "}")]
+
+    async def provider(turn: dict[str, Any]) -> AsyncIterator[Item]:
+        yield {"reasoning": "hm"}
+        yield {"tool_calls": first}
+        yield {"tool_calls": more}
+        yield {"finish_reason": "stop"}
+
+    async def work(desk: Desk) -> None:
+        desk.transcript = [U("x"), calls("9")]
+        run = make(provider, stored=True)
+        events = [("reasoning", "hm"), ("tool_calls", first), ("tool_calls", more), ("end", "tool_calls")]
+        assert await desk.take_all(run) == events
+        assert run.thoughts == ["hm"]
+        assert run.turn["messages"] == [U("x"), user("hi")]
+        assert desk.saved[0][3] == [user("hi"), {"role": "assistant", "content": "", "tool_calls": [call("a")]}]
+
+    asyncio.run(work(Desk()))
+
+
+@pytest.mark.parametrize(
+    "item", [{"reasoning": "x" * 11}, {"tool_calls": [fragment(0, "f", "x" * 11)]}, {"tool_calls": [fragment(0)] * 11}]
+)
+def test_calls_and_thoughts_have_a_bound(item: Item, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("runs.MAX_ANSWER", 10)
+    monkeypatch.setattr("runs.FRAGMENT", 1)
+
+    async def provider(turn: dict[str, Any]) -> AsyncIterator[Item]:
+        yield item
+
+    async def work(desk: Desk) -> None:
+        assert (await desk.take_all(make(provider)))[-1][1]["message"] == "The agent's answer is too long."
+
+    asyncio.run(work(Desk()))
 
 
 class Counted(str):

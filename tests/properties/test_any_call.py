@@ -154,7 +154,7 @@ def test_any_caller_is_sent_somewhere(model: str, user: str, fields: dict[str, s
 
 @given(st.text(max_size=20), st.lists(SCALARS, max_size=2))
 def test_any_text_is_told_in_ascii(text: str, rest: list[Any]) -> None:
-    call = chat.ChatRequest(text, "", True, True, "", [], "", {})
+    call = chat.ChatRequest(text, "", True, True, "", [], "", {}, {})
     sent: list[bytes] = []
     send = lambda data, last: bool(sent.append(data))  # noqa: E731
     stream = chat.EventStream("id", call.model, call.include_usage, send, lambda: 0, lambda: 0.0)
