@@ -117,9 +117,10 @@ class ChatRequest(NamedTuple):
     include_usage: bool
     system: str  # system and developer messages, joined by a blank line
     messages: list[dict[str, Any]]  # the conversation: role, content (text), and tool_calls, tool_call_id, name
-    message: str  # the text of the last user or tool message
+    message: str  # the text of the last user or tool message; "" where that is an image alone
     params: dict[str, Any]  # sampling fields, as sent
     tools: dict[str, Any]  # `tools`, with `tool_choice` and `parallel_tool_calls`, as sent; {} without tools
+    images: bool  # the content of a user's message with images is its parts, as sent
 
 
 class Target(NamedTuple):
@@ -186,7 +187,9 @@ def parse_request(body: bytes) -> ChatRequest:
     tools = {}
     if fields.get("tools"):
         tools = {name: value for name in _TOOLS if (value := fields.get(name)) is not None}
-    return ChatRequest(fields.get("model") or "", user, stream, usage, system, messages, message, params, tools)
+    images = b"image_url" in body and any(isinstance(each["content"], list) for each in messages)
+    model = fields.get("model") or ""
+    return ChatRequest(model, user, stream, usage, system, messages, message, params, tools, images)
 
 
 def check_tools(call: ChatRequest, agent_id: str) -> None:
@@ -220,7 +223,7 @@ def parse_messages(messages: object) -> tuple[str, list[dict[str, Any]], str]:
         _refuse("messages", "`messages` must be a non-empty array.")
     system: list[str] = []
     conversation: list[dict[str, Any]] = []
-    message = ""
+    message: str | None = None
     for n, entry in enumerate(messages):
         if not isinstance(entry, dict):
             _must(f"messages[{n}]", "an object")
@@ -232,16 +235,20 @@ def parse_messages(messages: object) -> tuple[str, list[dict[str, Any]], str]:
             _must(f"messages[{n}].tool_calls", "an array of objects")
         if role in ("system", "developer"):
             system += [text] if text else []
-        elif role in ROLES and (text or calls or (role == "tool" and entry.get("tool_call_id"))):
+            continue
+        images = role == "user" and text is not content and _has_images(content)
+        if role in ROLES and (text or calls or images or (role == "tool" and entry.get("tool_call_id"))):
             kept: dict[str, Any] = {"role": "tool" if role == "function" else role, "content": text}
+            if images:
+                kept["content"] = content
             if len(entry) > 2:
                 kept |= {key: entry[key] for key in ("name", "tool_call_id") if isinstance(entry.get(key), str)}
             if calls and role == "assistant":
                 kept["tool_calls"] = calls
             conversation.append(kept)
-            if role != "assistant" and text:
+            if role != "assistant" and (text or images):
                 message = text
-    if not message:
+    if message is None:
         _refuse("messages", "Missing user message in `messages`.")
     return "\n\n".join(system), conversation, message
 
@@ -262,6 +269,10 @@ def parse_content(content: object, name: str) -> str:
                 _must(f"{name}[{n}].text", "a string")
             texts.append(text)
     return "\n".join(texts)
+
+
+def _has_images(content: object) -> bool:
+    return isinstance(content, list) and any(part.get("type") == "image_url" for part in content)
 
 
 def parse_json(body: bytes, what: str = "body") -> dict[str, Any]:

@@ -99,6 +99,10 @@ BIND = Rule(
 API = _choice(None, "echo", "python", "command", "openai-completions", "anthropic-messages")
 MODEL = Rule('"provider/model" or { primary: "...", fallbacks: ["..."] }', _is_model)
 TIMEOUT = _number(None, 0.01, 604800)  # a week, for agents that work on their own
+INPUTS = ("text", "image")
+INPUT = Rule(
+    '["text"] or ["text", "image"]', lambda v: isinstance(v, list) and "text" in v and all(x in INPUTS for x in v)
+)
 NAMES = Rule("a list of names", lambda v: isinstance(v, list) and v and all(isinstance(name, str) for name in v))
 HEADER = _text(None, "text without control characters", r"[^\x00-\x08\x0a-\x1f\x7f]*", secret=True)
 
@@ -144,6 +148,7 @@ AGENT: dict[str, Table] = {
     "systemPrompt": TEXT,
     "params": {"*": ANY},
     "clientTools": FLAG,
+    "input": INPUT,
     "timeoutSeconds": TIMEOUT,
     **dict.fromkeys(("models", "pdfModel", "systemPromptOverride")),
 }
@@ -226,6 +231,7 @@ class Agent(NamedTuple):
     params: dict[str, object]
     timeout_seconds: float
     client_tools: bool  # its models may call tools of the client's
+    images: bool  # they see those of its messages
 
 
 class Provider(NamedTuple):
@@ -444,10 +450,12 @@ def _agents(section: dict[str, Any], providers: dict[str, Provider], settings: R
         entry["model"] = {"primary": models[0], "fallbacks": models[1:]}
         entry["name"] = entry["name"] or name
         entry["params"] = {**defaults["params"], **entry["params"]}
-        for key in ("systemPrompt", "timeoutSeconds", "clientTools"):
+        for key in ("systemPrompt", "timeoutSeconds", "clientTools", "input"):
             entry[key] = defaults[key] if entry[key] is None else entry[key]
         if entry["clientTools"] is None:
             entry["clientTools"] = _apis(models, providers) <= SERVERS
+        if entry["input"] is None:
+            entry["input"] = ["text", "image"] if _sees(models[0], providers) else ["text"]
         agents[name] = Agent(
             name,
             entry["name"],
@@ -456,6 +464,7 @@ def _agents(section: dict[str, Any], providers: dict[str, Provider], settings: R
             entry["params"],
             entry["timeoutSeconds"],
             entry["clientTools"],
+            "image" in entry["input"],
         )
     chosen = [entry["id"] for entry in entries if entry["default"]]
     if len(chosen) > 1:
@@ -475,13 +484,21 @@ def _apis(models: Iterable[str], providers: dict[str, Provider]) -> set[str]:
     return {provider.api if provider else "" for provider in found}
 
 
+def _sees(model: str, providers: dict[str, Provider]) -> bool:
+    """Whether the family's list of this model server's models has "image" in the `input` of this one."""
+    name, _, rest = model.partition("/")
+    listed = (providers[name].options.get("models") or ()) if name in providers else ()
+    given = next((entry.get("input") for entry in listed if entry.get("id") == rest), None)
+    return isinstance(given, list) and "image" in given
+
+
 def misfits(agent: Agent, providers: dict[str, Provider]) -> list[str]:
     """Return what is wrong with an agent that no function answers for, [] for nothing."""
-    deaf = sorted(_apis(agent.models, providers) & {"echo", "command"})
-    if not agent.client_tools or not deaf:
-        return []
-    said = f"clientTools is true, but its models of {' and '.join(deaf)} know nothing of a client's tools"
-    return [f'agents.list: "{agent.id}": {said}']
+    deaf = " and ".join(sorted(_apis(agent.models, providers) & {"echo", "command"}))
+    at = f'agents.list: "{agent.id}":'
+    tools = f"{at} clientTools is true, but its models of {deaf} know nothing of a client's tools"
+    images = f'{at} input has "image", but its models of {deaf} see none'
+    return [said for said, wrong in ((tools, agent.client_tools), (images, agent.images)) if deaf and wrong]
 
 
 def _models(value: Any) -> tuple[Any, ...]:

@@ -26,6 +26,7 @@ if TYPE_CHECKING or not __package__:  # a checkout: the files lie beside this on
     import control
     import fanout
     import http1
+    import image_parts
     import jobs
     import model_server
     import openai_completions
@@ -54,6 +55,7 @@ else:  # installed or vendored: they are modules of this package
         control,
         fanout,
         http1,
+        image_parts,
         jobs,
         model_server,
         openai_completions,
@@ -158,6 +160,23 @@ def _agents_of(config: Config, caller: auth.Caller) -> tuple[dict[str, configura
 
 def _overloaded(message: str) -> APIError:
     return APIError(503, message, type="overloaded_error", fields=[("Retry-After", "1")])
+
+
+def _fitted(call: chat.ChatRequest, agent: configuration.Agent) -> chat.ChatRequest:
+    """Return the call as its agent can take it. APIError: 400, it cannot."""
+    if call.tools and agent.client_tools:
+        call = call._replace(params=call.params | call.tools)
+    else:
+        chat.check_tools(call, agent.id)
+    if not call.images:
+        return call
+    try:
+        if agent.images:
+            return call._replace(messages=image_parts.kept(call.messages))
+        messages, message = image_parts.left_out(call.messages)
+    except ValueError as e:
+        raise APIError(400, str(e), param="messages") from None
+    return call._replace(messages=messages, message=message)
 
 
 def _callable(bind: str) -> str:
@@ -655,16 +674,12 @@ class Gateway:
             ("x-copepod-session-key", chat.printable(target.session_key)),
             ("x-copepod-agent-id", target.agent_id),
         ]
-        params = call.params
-        if call.tools and house.config.agents[target.agent_id].client_tools:
-            params = params | call.tools
-        else:
-            chat.check_tools(call, target.agent_id)
+        call = _fitted(call, house.config.agents[target.agent_id])
         c = x.connection
         c.watch()
         try:
             ids = (f"chatcmpl_{uuid}", uuid)
-            run = self.accept(house, target, call.message, call.messages, call.system, params, ids, caller=caller)
+            run = self.accept(house, target, call.message, call.messages, call.system, call.params, ids, caller=caller)
             if call.stream:
                 unsent = c.transport.get_write_buffer_size
                 stream = chat.EventStream(run.id, call.model, call.include_usage, Stream(x).send, unsent, now)

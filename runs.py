@@ -16,7 +16,9 @@ MAX_ANSWER = 8 * 1024 * 1024  # characters of one answer, thoughts and calls inc
 FRAGMENT = 64  # characters that a fragment of a call counts for at least; an empty one takes room, too
 CANCEL_SECONDS = 1.0  # until a run that outlives its cancellation is cancelled again
 
-Message = dict[str, Any]  # role, content (text), and tool_calls, tool_call_id, name where they are
+IMAGE = "[image]"  # in a transcript, in place of one
+
+Message = dict[str, Any]  # role, content (text, or parts), and tool_calls, tool_call_id, name where they are
 Event = tuple[str, Any]
 # What observers are told of a run, in this order; after "end" or "error" comes nothing:
 #   ("accepted", None) ("start", None) ("delta", text) ("reasoning", text) ("tool", dict) ("tool_calls", fragments)
@@ -222,7 +224,14 @@ def undoubled(transcript: Sequence[Message], messages: Sequence[Message]) -> Seq
 
 def _identity(message: Message) -> tuple[Any, ...]:
     calls = tuple(call.get("id") for call in message.get("tool_calls") or ())
-    return message["role"], message.get("content") or "", message.get("tool_call_id"), calls
+    return message["role"], flat(message.get("content")), message.get("tool_call_id"), calls
+
+
+def flat(content: Any) -> str:
+    """Return a message's content as a transcript has it."""
+    if isinstance(content, list):
+        return "\n".join(part["text"] if part.get("type") == "text" else IMAGE for part in content)
+    return content or ""
 
 
 def failure(run: Run, error: BaseException) -> dict[str, Any]:
@@ -422,15 +431,17 @@ class Runs:
         except Exception as e:
             self._lost(run, "read", e)
             return None
-        new = undoubled(transcript, run.turn["messages"])
-        messages = [*transcript, *new]
+        sent = run.turn["messages"]
+        new = undoubled(transcript, sent)
+        messages = [*transcript[: len(transcript) + len(new) - len(sent)], *sent]  # it may still have its images
         run.turn["messages"] = settled(messages) if any("tool_calls" in message for message in messages) else messages
         return new
 
     async def _keep(self, run: Run, messages: list[Message]) -> None:
         try:
             turn = run.turn
-            await self._save(*run.lane, turn["session_id"], messages, model=turn["model"], usage=run.usage)
+            texts = [each | {"content": flat(each["content"])} if "content" in each else each for each in messages]
+            await self._save(*run.lane, turn["session_id"], texts, model=turn["model"], usage=run.usage)
             self.store_error = ""
         except Exception as e:
             self._lost(run, "written", e)

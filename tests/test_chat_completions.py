@@ -246,7 +246,7 @@ def test_a_right_type_is_taken(name: str, kind: str) -> None:
 
 
 def test_defaults() -> None:
-    assert parse() == ChatRequest("", "", False, False, "", [USER], "hi", {}, {})
+    assert parse() == ChatRequest("", "", False, False, "", [USER], "hi", {}, {}, False)
     assert parse(unknown=[1, {"x": None}], store=True) == parse()
 
 
@@ -322,6 +322,7 @@ def test_bad_user(value: str) -> None:
 
 # Messages
 
+IMAGE = {"type": "image_url", "image_url": {"url": "data:"}}
 CALL = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 
 
@@ -357,11 +358,15 @@ def said(role: str, content: Any = "x", **more: Any) -> dict[str, Any]:
         ([said("user", [text("a"), text("b", "input_text")])], "", [said("user", "a\nb")], "a\nb"),
         ([said("system", [text("a"), text("b")]), said("user")], "a\nb", [said("user")], "x"),
         (
-            [said("user", [{"type": "image_url", "image_url": {"url": "data:"}}, text("a"), {}, {"type": 7}])],
+            [said("user", [{"type": "input_audio"}, text("a"), {}, {"type": 7}])],
             "",
             [said("user", "a")],
             "a",
         ),
+        ([said("user", [IMAGE, text("a"), {}]), said("assistant", [IMAGE, text("b")])], "",
+         [said("user", [IMAGE, text("a"), {}]), said("assistant", "b")], "a"),
+        ([said("system", [IMAGE, text("s")]), said("user"), said("user", [IMAGE])], "s",
+         [said("user"), said("user", [IMAGE])], ""),
         ([said("wizard", "z"), said("user"), said("User", "z")], "", [said("user")], "x"),
         ([said("user"), said("user", ""), said("user", []), said("assistant", ""), {"role": "tool"}], "",
          [said("user")], "x"),
@@ -375,6 +380,13 @@ def said(role: str, content: Any = "x", **more: Any) -> dict[str, Any]:
 )  # fmt: skip
 def test_messages(messages: Any, system: str, conversation: Any, message: str) -> None:
     assert chat.parse_messages(messages) == (system, conversation, message)
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"), [("image_url", False), ([text("image_url")], False), ([IMAGE], True), ([], False)]
+)
+def test_images_are_noticed(content: Any, expected: bool) -> None:
+    assert chat.parse_request(json.dumps({"messages": [USER, said("user", content)]}).encode()).images is expected
 
 
 @pytest.mark.parametrize(
@@ -398,7 +410,6 @@ def test_messages(messages: Any, system: str, conversation: Any, message: str) -
         ([said("system")], "messages", "Missing user message in `messages`."),
         ([said("assistant")], "messages", "Missing user message in `messages`."),
         ([said("user", "")], "messages", "Missing user message in `messages`."),
-        ([said("user", [{"type": "image_url"}])], "messages", "Missing user message in `messages`."),
         ([said("wizard")], "messages", "Missing user message in `messages`."),
     ],
 )

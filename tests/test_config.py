@@ -77,7 +77,7 @@ def test_the_built_in_default() -> None:
     assert (got.max_connections, got.drain_seconds) == (1024, 30)
     assert (got.keep_alive_seconds, got.write_timeout_seconds) == (30, 30)
     assert (got.chat_completions, got.tls, got.max_concurrent) == (False, None, 64)
-    assert got.agents == {"main": config.Agent("main", "main", ("echo/echo",), "", {}, 570, False)}
+    assert got.agents == {"main": config.Agent("main", "main", ("echo/echo",), "", {}, 570, False, False)}
     assert got.default_agent == "main"
     assert got.providers == {"echo": config.Provider("echo", "echo", {})}
     assert got.state_dir == "/home/someone/.copepod"
@@ -808,6 +808,39 @@ def test_client_tools(model: Any, said: dict[str, Any], expected: bool, problem:
     if not said:
         raw |= agents({"id": "a", "model": model}, clientTools=False)
         assert built(raw).agents["a"].client_tools is False
+
+
+@pytest.mark.parametrize(
+    ("listed", "said", "expected"),
+    [
+        ([{"id": "a", "input": ["text", "image"]}], {}, True),
+        ([{"id": "b", "input": ["text", "image"]}, {"id": "a", "input": ["text"]}, {"name": "x"}], {}, False),
+        ([{"id": "a", "input": "image"}], {}, False),
+        ([{"id": "a"}], {}, False),
+        ([], {"input": ["text", "image"]}, True),
+        ([{"id": "a", "input": ["text", "image"]}], {"input": ["text"]}, False),
+    ],
+)
+def test_images(listed: Any, said: dict[str, Any], expected: bool) -> None:
+    raw = provider(baseUrl="http://a", models=listed) | agents({"id": "a", "model": "x/a", **said})
+    got = built(raw)
+    assert got.agents["a"].images is expected
+    assert config.misfits(got.agents["a"], got.providers) == []
+    (entry,) = got.tree["agents"]["list"]
+    assert entry["input"] == (["text", "image"] if expected else ["text"])
+
+
+def test_images_for_who_sees_none() -> None:
+    got = built(agents({"id": "a"}, input=["text", "image"], clientTools=True))
+    tools, images = config.misfits(got.agents["a"], got.providers)
+    assert "clientTools is true" in tools
+    assert images == 'agents.list: "a": input has "image", but its models of echo see none'
+
+
+@pytest.mark.parametrize("value", ["image", ["image"], [], ["text", "sound"], ["text", []], None])
+def test_a_wrong_input(value: Any) -> None:
+    (problem,) = problems(agents({"id": "a", "input": value}))
+    assert problem.startswith('agents.list[0].input: must be ["text"] or ["text", "image"], not ')
 
 
 def test_anthropic_has_an_address_of_its_own() -> None:

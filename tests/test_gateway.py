@@ -962,3 +962,22 @@ def test_one_that_pipelines_leaves_time_for_others() -> None:
                 assert (await busy.answer()).status == 200
 
     run(main())
+
+
+@pytest.mark.parametrize(
+    ("agent", "said"),
+    [
+        ({"clientTools": True}, "clientTools is true, but its models of echo"),
+        ({"input": ["text", "image"]}, "see none"),
+    ],
+)
+def test_an_echo_has_neither_tools_nor_eyes(agent: dict[str, Any], said: str) -> None:
+    changes = {"agents.list": [{"id": "main", **agent}]}
+    with pytest.raises(config.ConfigError, match=said):
+        gateway.Gateway(settings(changes))
+
+    async def main() -> None:
+        async with serving(changes, {"main": str.upper}):  # a function may have what it likes
+            pass
+
+    run(main())

@@ -977,6 +977,10 @@ def test_a_close_that_breaks_is_an_error() -> None:
 
 U, A = user, assistant
 CALL = {"role": "assistant", "content": "", "tool_calls": [{"id": "c1", "function": {"name": "f"}}]}
+PICTURE = {
+    "role": "user",
+    "content": [{"type": "text", "text": "x"}, {"type": "image_url", "image_url": {"url": "data:"}}],
+}
 OTHER_CALL = {"role": "assistant", "content": "", "tool_calls": [{"id": "c2", "function": {"name": "f"}}]}
 RESULT = {"role": "tool", "content": "r", "tool_call_id": "c1"}
 
@@ -1005,6 +1009,8 @@ RESULT = {"role": "tool", "content": "r", "tool_call_id": "c1"}
             [CALL, {**RESULT, "tool_call_id": "c9"}, A("b")], [CALL, RESULT, A("b"), U("c")], 4, id="other tool results"
         ),
         pytest.param([CALL], [{**CALL, "content": None}, RESULT], 1, id="no content is empty content"),
+        pytest.param([U("x\n[image]"), A("b")], [PICTURE, A("b"), U("c")], 1, id="an image"),
+        pytest.param([U("x"), A("b")], [PICTURE, A("b"), U("c")], 3, id="a text without the image"),
         pytest.param([U("a")], [], 0, id="nothing"),
         pytest.param([A("a")], [A("a")], 1, id="no message"),
     ],
@@ -1084,6 +1090,25 @@ def test_calls_and_thoughts() -> None:
         assert run.thoughts == ["hm"]
         assert run.turn["messages"] == [U("x"), user("hi")]
         assert desk.saved[0][3] == [user("hi"), {"role": "assistant", "content": "", "tool_calls": [call("a")]}]
+
+    asyncio.run(work(Desk()))
+
+
+def test_an_image_is_seen_while_the_client_sends_it_and_stored_as_a_word() -> None:
+    seen: list[Any] = []
+
+    async def provider(turn: dict[str, Any]) -> AsyncIterator[Item]:
+        seen.append(turn["messages"])
+        yield "b"
+
+    async def work(desk: Desk) -> None:
+        for messages in ([U("z"), PICTURE], [PICTURE, A("b"), U("c")], [U("d")]):
+            run = Run("a", "k", "", messages, [("p", "m", provider)], timeout=9, stored=True)
+            await desk.take_all(run)
+            desk.transcript += desk.saved[-1][3]
+        past = [U("z"), U("x\n[image]"), A("b"), U("c"), A("b")]
+        assert seen == [[U("z"), PICTURE], [U("z"), PICTURE, A("b"), U("c")], [*past, U("d")]]
+        assert desk.transcript == [*past, U("d"), A("b")]
 
     asyncio.run(work(Desk()))
 

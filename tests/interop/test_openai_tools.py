@@ -1,4 +1,4 @@
-"""OpenAI's own client with tools of its own: through a gateway whose model server is another gateway."""
+"""OpenAI's own client with tools of its own, and images: through a gateway whose model server is another gateway."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def relayed(agents: Mapping[str, Callable[..., Any]], **agent: Any) -> Iterator[
         provider = {"api": "openai-completions", "baseUrl": f"{far.url}/v1", "apiKey": TOKEN}
         changes = {"models.providers.far": provider, "agents.defaults.model": "far/copepod", "agents.list": None}
         near_agent = {key: value for key, value in agent.items() if key != "clientTools"}
-        changes["agents.list"] = [{"id": "main", **near_agent}, {"id": "deaf", "clientTools": False}]
+        changes["agents.list"] = [{"id": "main", **near_agent}, {"id": "deaf", "clientTools": False, "input": ["text"]}]
         with served({}, changes) as near:
             url = f"{near.url}/v1"
             with openai.OpenAI(base_url=url, api_key=TOKEN, timeout=BOUND, max_retries=0) as client:
@@ -124,3 +124,41 @@ def test_tools_for_an_agent_that_takes_none(client: Any) -> None:
     answer = client.chat.completions.create(messages=[QUESTION], tool_choice="none", **asked)
     assert answer.choices[0].finish_reason == "tool_calls"  # the model's own idea
     assert seen[-1]["params"] == {}
+
+
+async def describes(message: str, turn: dict[str, Any]) -> str:
+    seen.append(turn)
+    return "It is a dot."
+
+
+PIXEL = "data:image/gif;base64,R0lGODlhAQABAAAAACw="
+LOOK: Any = [
+    {"type": "text", "text": "What is it?"},
+    {"type": "image_url", "image_url": {"url": PIXEL, "detail": "low"}},
+    {"type": "image_url", "image_url": {"url": "https://a.example/b.png"}},
+]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_images(stream: bool) -> None:
+    seen.clear()
+    with relayed({"main": describes}, input=["text", "image"]) as client:
+        for content in (LOOK, LOOK[1:]):
+            asked: Any = {"model": "copepod", "messages": [{"role": "user", "content": content}], "user": "ann"}
+            answer = client.chat.completions.create(stream=stream, **asked)
+            chunks = list(answer) if stream else [answer]
+            parts = [each.choices[0].delta if stream else each.choices[0].message for each in chunks]
+            assert "".join(part.content or "" for part in parts) == "It is a dot."
+            assert seen[-1]["messages"][-1] == {"role": "user", "content": content}
+        assert [turn["message"] for turn in seen] == ["What is it?", ""]
+        assert seen[-1]["messages"][0] == {"role": "user", "content": "What is it?\n[image]\n[image]"}
+        # An agent without eyes gets the text, and is asked nothing where there is none.
+        asked = {"model": "copepod:deaf", "messages": [{"role": "user", "content": LOOK}]}
+        client.chat.completions.create(**asked)
+        assert seen[-1]["messages"] == [{"role": "user", "content": "What is it?"}]
+        asked["messages"][0]["content"] = LOOK[1:]
+        with pytest.raises(openai.BadRequestError, match="takes no images"):
+            client.chat.completions.create(**asked)
+        with pytest.raises(openai.BadRequestError, match="must be a data:"):
+            wrong: Any = [{"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}]
+            client.chat.completions.create(model="copepod", messages=[{"role": "user", "content": wrong}])

@@ -80,13 +80,15 @@ def judged(body: bytes) -> None:
         told(e, 400)
         return
     assert isinstance(call, chat.ChatRequest)
-    assert call.message
+    assert call.message or call.images
     assert call.messages
     for text in (call.model, call.user, call.system, call.message):
         text.encode()  # no lone surrogate comes through
     assert call.messages == json.loads(json.dumps(call.messages, allow_nan=False))
     assert {message["role"] for message in call.messages} <= {"user", "assistant", "tool"}
-    assert call.message in [message["content"] for message in call.messages if message["role"] != "assistant"]
+    contents = [message["content"] for message in call.messages if message["role"] != "assistant"]
+    assert call.message in contents or call.images
+    assert call.images is any(isinstance(content, list) for content in contents)
 
 
 @given(st.binary(max_size=100))
@@ -154,7 +156,7 @@ def test_any_caller_is_sent_somewhere(model: str, user: str, fields: dict[str, s
 
 @given(st.text(max_size=20), st.lists(SCALARS, max_size=2))
 def test_any_text_is_told_in_ascii(text: str, rest: list[Any]) -> None:
-    call = chat.ChatRequest(text, "", True, True, "", [], "", {}, {})
+    call = chat.ChatRequest(text, "", True, True, "", [], "", {}, {}, False)
     sent: list[bytes] = []
     send = lambda data, last: bool(sent.append(data))  # noqa: E731
     stream = chat.EventStream("id", call.model, call.include_usage, send, lambda: 0, lambda: 0.0)
