@@ -127,6 +127,7 @@ PROVIDERS: dict[str, dict[str, Table]] = {
         "apiKey": SECRET,
         "headers": {"*": HEADER},
         "models": [{"*": ANY}],
+        "retry": {"tries": _number(2, 1, 100, whole=True), "seconds": _number(10, 0, 3600)},
         "timeoutSeconds": TIMEOUT,
     },
 }

@@ -19,6 +19,8 @@ MAX_REFUSAL = 64 * 1024  # bytes of a refusal's body
 MAX_MESSAGE = 500  # characters of another server's message
 MAX_RETRY_AFTER = 86_400  # seconds
 DONE_GRACE = 0.1  # seconds for the end of the body after the last event, so that the connection can be used again
+FIRST_DELAY = 0.5  # seconds before the second try, doubled before each other one; as OpenAI's own clients
+PASSING = {"upstream", "rate_limited"}  # kinds of failures that may be over at the next try
 OVERLOADED = 529  # Anthropic's own status: too busy to begin
 UNREACHABLE = {errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN, errno.EHOSTDOWN}
 NONSENSE = (ValueError, RecursionError, AttributeError, LookupError, TypeError)  # of what reads an answer
@@ -88,53 +90,15 @@ class ProviderError(Exception):
         self.kind = kind
         self.taken = taken
         self.retry_after = retry_after
+        self.passing = kind in PASSING
 
 
 def provider(options: dict[str, Any], request: Request, dialect: Dialect) -> Provider:
-    """The provider that asks the server at `baseUrl` in that dialect, always streamed."""
-    url, fields = dialect.url_of(options.get("baseUrl") or ""), fields_of(options, dialect)
-    words = [word for value in (options.get("headers") or {}).values() for word in value.split()]
-    secrets = [word for word in (options.get("apiKey"), *words) if word and len(word) >= MIN_SECRET]
-    seconds, told_ = options.get("timeoutSeconds"), partial(told, secrets=secrets)
+    """The provider that asks the server at `baseUrl` in that dialect, always streamed.
 
-    async def answered(turn: Turn) -> AsyncIterator[Item]:
-        asked, body, spoken, count = Asked(turn["run_id"], seconds), formed(dialect, turn), False, 0
-        answer = dialect.Answer(told_)
-        try:
-            whole = await asked.open(request("POST", url, fields, body), secrets)
-            if asked.events is None:
-                for item in items_of(answer, whole):
-                    spoken = True
-                    yield item
-            else:
-                async for data in asked.events:
-                    try:
-                        items = answer.take(data)
-                    except NONSENSE:
-                        raise nonsense() from None
-                    if isinstance(items, str):
-                        if items:
-                            spoken = True
-                            yield items
-                    else:
-                        for item in items:
-                            spoken = True
-                            yield item
-                    if answer.done:
-                        break
-                    count += 1
-                    if count % WORDS_AT_ONCE == 0:
-                        await asyncio.sleep(0)  # of what came at once, the others shall not pay
-            asked.check(answer, spoken)
-            for item in answer.end():
-                yield item
-            await asked.drain()
-        except (OSError, ProviderError) as error:
-            raise asked.failure(error, spoken) from None
-        finally:
-            await asked.close()
-
-    return answered
+    What the server did not take, and a word or an event has not come of, is asked for again as `retry` allows.
+    """
+    return _Server(options, request, dialect).answered
 
 
 def nonsense() -> ProviderError:
@@ -232,7 +196,9 @@ def broken(error: OSError, answered: bool) -> ProviderError:
     import socket
 
     if isinstance(error, ValueError):  # ssl.SSLCertVerificationError is one, and ssl needs no import for that
-        return ProviderError("upstream", "the model server's certificate could not be verified")
+        failure = ProviderError("upstream", "the model server's certificate could not be verified")
+        failure.passing = False
+        return failure
     refused = isinstance(error, ConnectionRefusedError | socket.gaierror) or error.errno in UNREACHABLE
     # asyncio joins the failures of several addresses in one text, without an errno
     if not answered and (refused or str(error).startswith("Multiple exceptions")):
@@ -267,39 +233,66 @@ async def close(items: AsyncIterator[Any] | None) -> None:
             log.exception("an agent's generator failed while it was closed")
 
 
-class Asked:
-    """A request, its response, and the time they may take: `seconds`, None for any."""
+class Patience:
+    """The time that a turn may take, `seconds` or any, and how often it may be asked for: `tries` in its own time."""
 
-    __slots__ = ("clock", "deadline", "events", "response", "run_id", "timer")
+    __slots__ = ("clock", "deadline", "delay", "left", "run_id", "until")
 
-    def __init__(self, run_id: str, seconds: float | None) -> None:
+    def __init__(self, run_id: str, seconds: float | None, retry: dict[str, Any]) -> None:
         self.run_id, self.clock = run_id, asyncio.get_running_loop().time
-        self.deadline = None if seconds is None else self.clock() + seconds
+        now = self.clock()
+        self.deadline = None if seconds is None else now + seconds
+        self.left, self.delay = retry.get("tries", 1) - 1, FIRST_DELAY
+        self.until = now + retry.get("seconds", 0)
+
+    def is_late(self) -> bool:
+        """Whether the time is up."""
+        return self.deadline is not None and self.clock() >= self.deadline
+
+    async def wait(self, error: ProviderError) -> None:
+        """Return when it may be asked for again; else `error` is raised."""
+        if self.left <= 0 or error.taken or not error.passing:
+            raise error
+        import random
+
+        delay = max(self.delay * random.uniform(0.75, 1), error.retry_after or 0)  # noqa: S311 (not all at once)
+        if self.clock() + delay > min(self.until, self.deadline or self.until):
+            raise error
+        self.left -= 1
+        self.delay *= 2
+        log.warning("run %s: %s; it is asked again in %.1f s", self.run_id, error, delay)
+        await asyncio.sleep(delay)
+
+
+class Asked:
+    """A request and its response."""
+
+    __slots__ = ("events", "patience", "response", "timer")
+
+    def __init__(self, patience: Patience) -> None:
+        self.patience = patience
         self.response: Response | None = None
         self.events: AsyncIterator[str] | None = None  # of an answer that is streamed
         self.timer: asyncio.TimerHandle | None = None
 
     async def open(self, work: Awaitable[Response], secrets: list[str]) -> str:
         """Set `events`, else return the whole answer. OSError: it does not come; ProviderError: it is a refusal."""
-        self.response = response = await until(self.deadline, work)
+        deadline = self.patience.deadline
+        self.response = response = await until(deadline, work)
         if not 200 <= response.status < 300:
-            raise await until(self.deadline, refusal(response, self.run_id, secrets))
+            raise await until(deadline, refusal(response, self.patience.run_id, secrets))
         if response.fields.get("content-type", "").lower().startswith("application/json"):
-            return (await until(self.deadline, response.read(MAX_ANSWER))).decode("utf-8-sig", "replace")
-        if self.deadline is not None:  # one timer for all of them, and closing it ends its events
-            self.timer = asyncio.get_running_loop().call_at(self.deadline, response.close)
+            return (await until(deadline, response.read(MAX_ANSWER))).decode("utf-8-sig", "replace")
+        if deadline is not None:  # one timer for all of them, and closing it ends its events
+            self.timer = asyncio.get_running_loop().call_at(deadline, response.close)
         self.events = response.events()
         return ""
-
-    def is_late(self) -> bool:
-        """Whether the time is up."""
-        return self.deadline is not None and self.clock() >= self.deadline
 
     def check(self, answer: Answer, spoken: bool) -> None:
         """TimeoutError, ProviderError: the response ended before the answer did."""
         if answer.done:
             return
-        if self.is_late():
+        if self.patience.is_late():
             raise TimeoutError
         if not answer.finish_reason and (self.events is not None or not spoken):
             raise ProviderError("upstream", "the model server's answer broke off", taken=True)
@@ -307,8 +300,8 @@ class Asked:
     def failure(self, error: OSError | ProviderError, spoken: bool) -> ProviderError:
         """What is to be raised for that; a model that has spoken may have acted."""
         if isinstance(error, OSError):
-            log.warning("run %s: the model server: %s", self.run_id, error or type(error).__name__)
-            if self.is_late():
+            log.warning("run %s: the model server: %s", self.patience.run_id, error or type(error).__name__)
+            if self.patience.is_late():
                 return ProviderError("timeout", "the model server took too long", taken=True)
             error = broken(error, self.response is not None)
         error.taken |= spoken
@@ -333,3 +326,57 @@ class Asked:
         if self.response is not None:
             self.response.close()
         await close(self.events)
+
+
+class _Server:
+    """One model server, with what is the same in all its turns."""
+
+    def __init__(self, options: dict[str, Any], request: Request, dialect: Dialect) -> None:
+        self.request, self.dialect = request, dialect
+        self.url, self.fields = dialect.url_of(options.get("baseUrl") or ""), fields_of(options, dialect)
+        self.seconds, self.retry = options.get("timeoutSeconds"), options.get("retry") or {}
+        words = [word for value in (options.get("headers") or {}).values() for word in value.split()]
+        self.secrets = [word for word in (options.get("apiKey"), *words) if word and len(word) >= MIN_SECRET]
+        self.told = partial(told, secrets=self.secrets)
+
+    async def answered(self, turn: Turn) -> AsyncIterator[Item]:
+        """The items of the answer to a turn; ProviderError."""
+        body = formed(self.dialect, turn)
+        patience = Patience(turn["run_id"], self.seconds, self.retry)
+        while True:
+            asked, answer, spoken, count = Asked(patience), self.dialect.Answer(self.told), False, 0
+            try:
+                whole = await asked.open(self.request("POST", self.url, self.fields, body), self.secrets)
+                if asked.events is None:
+                    for item in items_of(answer, whole):
+                        spoken = True
+                        yield item
+                else:
+                    async for data in asked.events:
+                        try:
+                            items = answer.take(data)
+                        except NONSENSE:
+                            raise nonsense() from None
+                        if isinstance(items, str):
+                            if items:
+                                spoken = True
+                                yield items
+                        else:
+                            for item in items:
+                                spoken = True
+                                yield item
+                        if answer.done:
+                            break
+                        count += 1
+                        if count % WORDS_AT_ONCE == 0:
+                            await asyncio.sleep(0)  # of what came at once, the others shall not pay
+                asked.check(answer, spoken)
+                for item in answer.end():
+                    yield item
+                await asked.drain()
+                return
+            except (OSError, ProviderError) as error:
+                failure = asked.failure(error, spoken)
+            finally:
+                await asked.close()
+            await patience.wait(failure)

@@ -78,7 +78,6 @@ class Run:
         owner: str = "",
     ) -> None:
         self.id = run_id or _new_id()
-        session_id = session_id or _new_id()
         self.agent_id, self.session_key, self.providers, self.stored = agent_id, session_key, providers, stored
         self.owner = owner  # the name of the token that it was asked for with
         stored_key = namespace(owner) + session_key if owner else session_key
@@ -86,7 +85,7 @@ class Run:
             "run_id": self.id,
             "agent_id": agent_id,
             "session_key": stored_key,  # an agent that remembers something by it must not mix two owners' either
-            "session_id": session_id,  # a stored session has its own
+            "session_id": session_id or _new_id(),  # a stored session has its own
             "message": message,  # the text of the turn
             "messages": messages,  # the whole conversation, with it
             "system": system,

@@ -184,6 +184,7 @@ TOKEN = {"COPEPOD_GATEWAY_TOKEN": "t"}
                 "apiKey": "k",
                 "headers": {"A": "b"},
                 "models": [{"id": "m"}],
+                "retry": {"tries": 2, "seconds": 10},
                 "timeoutSeconds": 9,
             },
         ),

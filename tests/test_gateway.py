@@ -181,9 +181,8 @@ def test_what_the_upstream_is_asked() -> None:
             agent = {"id": "main", "systemPrompt": "You are Ann.", "params": {"temperature": 0.2, "top_p": 1}}
             async with serving({**upstream.settings(headers={"X-Team": "a"}), "agents.list": [agent]}) as hub:
                 sent = [*said("s:One."), {"role": "developer", "content": "Two."}, *said("u:hi")]
-                await ask(
-                    hub, "", {"Authorization": "Bearer of-the-client"}, messages=sent, temperature=0.7, x_unknown=1
-                )
+                fields = {"Authorization": "Bearer of-the-client"}
+                await ask(hub, "", fields, messages=sent, temperature=0.7, x_unknown=1, **more)
         call = upstream.calls[0]
         assert (call.method, call.path) == ("POST", "/v1/chat/completions")
         assert call.fields["authorization"] == f"Bearer {KEY}"
@@ -195,8 +194,11 @@ def test_what_the_upstream_is_asked() -> None:
             "stream_options": {"include_usage": True},
             "temperature": 0.7,
             "top_p": 1,
+            **more,
         }
 
+    schema = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "object"}}}
+    more = {"response_format": schema, "seed": 7, "logprobs": True, "top_logprobs": 3}
     run(main())
 
 

@@ -13,7 +13,7 @@ import pytest
 
 import model_server
 import openai_completions
-from test_providers import run, turn
+from test_providers import run, take, turn
 
 
 class Response:
@@ -428,5 +428,110 @@ def test_a_cancel_closes_the_connection(cancel):
             await items.aclose()
         assert response.closed
         assert response.finalized
+
+    asyncio.run(main())
+
+
+# Retries
+
+
+OK = [delta("a", "stop"), DONE]
+RETRY = {"tries": 3, "seconds": 10}
+
+
+def busy(status, seconds=None):
+    return Response(status, {} if seconds is None else {"retry-after": str(seconds)})
+
+
+def told_first(**error):
+    return Response(events=[{"error": error}])
+
+
+def retried(answers, monkeypatch, **options):
+    """The items, how long it waited before each try, and how many requests were made."""
+    waits = []
+    sleep = asyncio.sleep
+
+    async def waited(seconds):
+        waits.append(seconds)
+        await sleep(0)
+
+    monkeypatch.setattr("random.uniform", lambda low, high: high)
+    monkeypatch.setattr(asyncio, "sleep", waited)
+    left = iter(answers)
+    made = []
+
+    async def request(method, url, fields, body):
+        made.append(body)
+        answer = next(left)
+        if isinstance(answer, OSError):
+            raise answer
+        return answer
+
+    options = {"baseUrl": "http://up/v1/", "apiKey": "sk-secret", "retry": RETRY} | options
+
+    async def main():
+        loop = asyncio.get_running_loop()
+        monkeypatch.setattr(loop, "time", lambda clock=loop.time: clock() + sum(waits))
+        return await take(model_server.provider(options, request, openai_completions), turn())
+
+    items = asyncio.run(main())
+    assert len(set(made)) == 1
+    assert all(answer.closed for answer in answers[: len(made)] if isinstance(answer, Response))
+    return items, waits, len(made)
+
+
+REFUSED = ConnectionRefusedError(111, "refused")
+
+
+@pytest.mark.parametrize(
+    ("answers", "options", "items", "waits", "made"),
+    [
+        ([busy(503), Response(events=OK)], {}, ["a", STOP], [0.5], 2),
+        ([busy(529), busy(429), Response(events=OK)], {}, ["a", STOP], [0.5, 1.0], 3),
+        ([REFUSED, Response(events=OK)], {}, ["a", STOP], [0.5], 2),
+        ([busy(408), Response(events=OK)], {}, ["a", STOP], [0.5], 2),
+        ([busy(429, 3), busy(503, 4), Response(events=OK)], {}, ["a", STOP], [3, 4], 3),
+        ([told_first(code=429), Response(events=OK)], {}, ["a", STOP], [0.5], 2),
+        ([told_first(type="overloaded_error"), Response(events=OK)], {}, ["a", STOP], [0.5], 2),
+        # no more tries, no more time
+        ([busy(429), busy(503)], {"retry": {"tries": 2, "seconds": 10}}, down(503, False), [0.5], 2),
+        ([busy(429)], {"retry": {"tries": 1, "seconds": 10}}, limited(None), [], 1),
+        ([busy(429)], {"retry": None}, limited(None), [], 1),
+        ([busy(429, 11)], {}, limited(11), [], 1),
+        ([busy(503, 6), busy(503, 5)], {}, down(503, False, 5), [6], 2),
+        ([busy(503, 6)], {"timeoutSeconds": 5}, down(503, False, 6), [], 1),
+        ([busy(503)], {"retry": {"tries": 9, "seconds": 0}}, down(503, False), [], 1),
+        # what may have acted, and what will not pass
+        ([busy(500)], {}, down(500, True), [], 1),
+        ([ConnectionResetError()], {}, [LOST], [], 1),
+        ([busy(400)], {}, refused("the model server refused the request with status 400"), [], 1),
+        ([busy(401)], {}, [DENIED], [], 1),
+        ([Response(events=[delta("a"), {"error": {"code": 429}}])], {}, ["a", (*LIMITED[:2], True, None)], [], 1),
+        ([Response(events=[part(reasoning="a"), {"error": {"code": 429}}])], {},
+         [{"reasoning": "a"}, (*LIMITED[:2], True, None)], [], 1),
+        ([Response(events=[delta("a")])], {}, ["a", BROKE_OFF], [], 1),
+        ([ssl.SSLCertVerificationError(1, "self-signed")], {},
+         [("upstream", "the model server's certificate could not be verified", False, None)], [], 1),
+    ],
+)  # fmt: skip
+def test_what_was_not_taken_is_asked_again(answers, options, items, waits, made, monkeypatch, caplog):
+    assert retried(answers, monkeypatch, **options) == (items, waits, made)
+    assert caplog.text.count("it is asked again in") == len(waits)
+    for seconds in waits:
+        assert f"asked again in {seconds:.1f} s" in caplog.text
+
+
+def test_a_cancel_ends_the_wait_at_once():
+    async def main():
+        provider, requests = server(busy(503, 9), retry=RETRY)
+        task = asyncio.ensure_future(anext(provider(turn())))
+        async with asyncio.timeout(5):
+            while not requests:
+                await asyncio.sleep(0)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+        assert len(requests) == 1
 
     asyncio.run(main())

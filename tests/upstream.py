@@ -112,7 +112,12 @@ class Upstream:
 
     def settings(self, **more: Any) -> dict[str, Any]:
         """What a configuration needs so that its agents are answered from here."""
-        provider = {"api": "openai-completions", "baseUrl": f"http://127.0.0.1:{self.port}/v1", "apiKey": KEY, **more}
+        provider: dict[str, Any] = {
+            "api": "openai-completions",
+            "baseUrl": f"http://127.0.0.1:{self.port}/v1",
+            "apiKey": KEY,
+        }
+        provider |= {"retry": {"tries": 1}, **more}
         return {"models.providers.up": provider, "agents.defaults.model": "up/large"}
 
     async def call(self) -> Call:

@@ -159,6 +159,6 @@ def test_images(stream: bool) -> None:
         asked["messages"][0]["content"] = LOOK[1:]
         with pytest.raises(openai.BadRequestError, match="takes no images"):
             client.chat.completions.create(**asked)
+        wrong: Any = [{"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}]
         with pytest.raises(openai.BadRequestError, match="must be a data:"):
-            wrong: Any = [{"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}]
             client.chat.completions.create(model="copepod", messages=[{"role": "user", "content": wrong}])
