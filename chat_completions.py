@@ -22,6 +22,7 @@ SILENCE_SECONDS = 15.0  # between two comments of a silent stream
 DEFAULT_MODEL = "copepod"  # what is answered to a call that names none
 
 DONE = b"data: [DONE]\n\n"
+END = '"finish_reason":null}]}\n\n'  # of a chunk that is not the last one
 KEEP_ALIVE = b": keep-alive\n\n"
 
 # How a run fails -> status, `type`, `code`.
@@ -462,6 +463,7 @@ def completion(
     usage: Mapping[str, int],
     calls: Sequence[Mapping[str, Any]] = (),
     reasoning: str = "",
+    logprobs: Sequence[Mapping[str, Any]] = (),
 ) -> bytes:
     """Return the whole answer, a `chat.completion` object with the run's id, as JSON."""
     more = f',"reasoning_content":{encode_basestring_ascii(reasoning)}' if reasoning else ""
@@ -470,9 +472,18 @@ def completion(
     return (
         f'{{"id":"{run_id}","object":"chat.completion","created":{int(time.time())},'
         f'"model":{encode_basestring_ascii(call.model or DEFAULT_MODEL)},"choices":[{{"index":0,"message":'
-        f'{{"role":"assistant","content":{content}{more}}},"finish_reason":"{finish_reason}"}}],'
+        f'{{"role":"assistant","content":{content}{more}}},{_logprobs(logprobs)}"finish_reason":"{finish_reason}"}}],'
         f'"usage":{_usage(usage)}}}'
     ).encode("ascii")
+
+
+def _logprobs(parts: Sequence[Mapping[str, Any]]) -> str:
+    """Return `logprobs` of a choice, with those of its deltas one behind the other, and a comma; "" without any."""
+    if not parts:
+        return ""
+    names = dict.fromkeys(name for part in parts for name in part)
+    whole = {name: [token for part in parts for token in part.get(name, ())] for name in names}
+    return f'"logprobs":{json.dumps(whole)},'
 
 
 def _usage(usage: Mapping[str, int]) -> str:
@@ -525,9 +536,11 @@ class EventStream:
             delta = f'"reasoning_content":{encode_basestring_ascii(data)}'
         elif kind == "tool_calls":
             delta = f'"tool_calls":{json.dumps(data)}'
+        elif kind == "logprobs":  # those of the words before it
+            return self._write(f'{self._start}{{"index":0,"delta":{{}},{_logprobs([data])}{END}'.encode())
         else:
             return not self._begun and self._write(b"")
-        return self._write(f'{self._start}{{"index":0,"delta":{{{delta}}},"finish_reason":null}}]}}\n\n'.encode())
+        return self._write(f'{self._start}{{"index":0,"delta":{{{delta}}},{END}'.encode())
 
     def end(self, kind: str, data: Any, usage: Mapping[str, int]) -> bool:
         """Send what the last event of the run is here. True: the reader is slow. APIError: it failed before a word."""

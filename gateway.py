@@ -705,7 +705,8 @@ class Gateway:
             x.fields.append(("x-copepod-store", "failed"))
         message, thoughts = run.message, "".join(run.thoughts)
         calls = message.get("tool_calls", ())
-        return x.send(200, chat.completion(run.id, call, message["content"], data, run.usage, calls, thoughts))
+        text, more = message["content"], (calls, thoughts, run.logprobs)
+        return x.send(200, chat.completion(run.id, call, text, data, run.usage, *more))
 
     def accept(
         self,

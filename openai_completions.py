@@ -87,10 +87,12 @@ class Answer:
         thought = part.get("reasoning_content") or part.get("reasoning") or ""
         if not isinstance(text, str) or not isinstance(thought, str):
             raise TypeError
-        if not thought and not calls:
+        logprobs = choice.get("logprobs")
+        if not thought and not calls and not logprobs:
             return text
         items: list[Item] = [{"reasoning": thought}] if thought else []
         items += [text] if text else []
+        items += [{"logprobs": logprobs}] if logprobs else []
         return [*items, {"tool_calls": [self.fragment(call) for call in calls]}] if calls else items
 
     def fragment(self, call: dict[str, Any]) -> dict[str, Any]:

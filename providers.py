@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 ECHO_SLICE = 256  # words between two turns of the loop: about a tenth of a millisecond
-MAX_TOOL = 256 * 1024  # characters of a tool event as JSON
+MAX_TOOL = 256 * 1024  # characters of a tool event, or of one word's logprobs, as JSON
 FINISH_REASONS = {"stop", "length", "tool_calls", "content_filter"}
 WORD = re.compile(r"\S+\s*|\s+")
 
@@ -71,22 +71,27 @@ def checked(item: object) -> Item | None:
     if isinstance(item, str):
         return well_formed(item) if item else None
     if isinstance(item, dict) and len(item) == 1:
-        if item.get("finish_reason") in FINISH_REASONS or (isinstance(item.get("tool"), dict) and fits(item["tool"])):
+        if item.get("finish_reason") in FINISH_REASONS:
+            return item
+        if isinstance(tool := item.get("tool"), dict) and fits(tool):
             return item
         if usage := usage_of(item.get("usage")):
             return {"usage": usage}
         if isinstance(thought := item.get("reasoning"), str):
             return {"reasoning": well_formed(thought)} if thought else None
+        if isinstance(logprobs := item.get("logprobs"), dict):  # servers have forms of their own: no reason to fail
+            tokens = {name: value for name, value in logprobs.items() if isinstance(value, list) and value}
+            return {"logprobs": tokens} if tokens and fits(tokens) else None
         if calls := fragments(item.get("tool_calls")):
             return {"tool_calls": calls}
     name = type(item).__name__
     raise ProviderError("internal", f"the agent gave a {name} that is neither text nor an event", taken=True)
 
 
-def fits(tool: dict[str, Any]) -> bool:
-    """Whether a tool's doing is JSON, and short enough to be told to all who watch."""
+def fits(told: dict[str, Any]) -> bool:
+    """Whether a tool's doing, or the like, is JSON, and short enough to be told to all who watch."""
     try:
-        return len(json.dumps(tool, allow_nan=False)) <= MAX_TOOL
+        return len(json.dumps(told, allow_nan=False)) <= MAX_TOOL
     except (TypeError, ValueError, RecursionError, RuntimeError):  # the last: it is changed by a thread meanwhile
         return False
 

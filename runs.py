@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import os
 import time
@@ -22,12 +23,12 @@ Message = dict[str, Any]  # role, content (text, or parts), and tool_calls, tool
 Event = tuple[str, Any]
 # What observers are told of a run, in this order; after "end" or "error" comes nothing:
 #   ("accepted", None) ("start", None) ("delta", text) ("reasoning", text) ("tool", dict) ("tool_calls", fragments)
-#   ("usage", dict) ("end", finish_reason)
+#   ("logprobs", dict) ("usage", dict) ("end", finish_reason)
 #   ("error", {"kind", "message", "retry_after", "taken"})
 ACCEPTED: Event = ("accepted", None)
 START: Event = ("start", None)
 CANCELLED: Event = ("error", {"kind": "cancelled", "message": "The run was cancelled."})
-Item = str | dict[str, Any]  # of a provider: a delta; tool, tool_calls, reasoning, usage or finish_reason
+Item = str | dict[str, Any]  # of a provider: a delta; tool, tool_calls, reasoning, logprobs, usage or finish_reason
 Provider = Callable[[dict[str, Any]], AsyncIterator[Any]]
 Take = Callable[[str, Any], bool]  # (kind, data) of an event; True: the reader is slow
 
@@ -57,8 +58,8 @@ class Run:
 
     __slots__ = (
         "agent_id", "answer", "calls", "cancels", "deadline", "ended_at", "finish_reason", "gate", "gone", "id",
-        "lane", "lost", "outside", "owner", "placed", "provider", "providers", "room", "said", "session_key", "spoken",
-        "started_at", "stopping", "stored", "task", "thoughts", "turn", "usage",
+        "lane", "logprobs", "lost", "outside", "owner", "placed", "provider", "providers", "room", "said",
+        "session_key", "spoken", "started_at", "stopping", "stored", "task", "thoughts", "turn", "usage",
     )  # fmt: skip
 
     def __init__(
@@ -99,6 +100,7 @@ class Run:
         self.provider = ""  # the name of the one that answers
         self.answer: list[str] = []  # the deltas so far
         self.thoughts: list[str] = []  # likewise, of reasoning
+        self.logprobs: list[dict[str, Any]] = []  # of the deltas, in OpenAI's form
         self.calls: list[list[dict[str, Any]]] = []  # likewise, of calls of the client's tools
         self.started_at: float | None = None  # seconds since the epoch
         self.ended_at: float | None = None
@@ -132,6 +134,9 @@ class Run:
             texts = (text for each in calls for text in (each.get("id", ""), *each["function"].values()))
             size = FRAGMENT * len(calls) + sum(map(len, texts))
             event, kept = ("tool_calls", calls), self.calls
+        elif "logprobs" in item:
+            size = len(json.dumps(item["logprobs"]))
+            event, kept = ("logprobs", item["logprobs"]), self.logprobs
         else:
             self.usage = item.get("usage", self.usage)
             self.finish_reason = item.get("finish_reason", self.finish_reason)
@@ -350,7 +355,7 @@ class Runs:
     ) -> Event:
         """Let the agent of an accepted run work to its end, and return the last event: ("end", ...) or ("error", ...).
 
-        `take(kind, data)` is called with each event from "delta" to "tool_calls"; when it returns True, the agent rests
+        `take(kind, data)` is called with each event from "delta" to "logprobs"; when it returns True, the agent rests
         until `drain()` is over. Cancelling the task that drives, or what these two raise, ends the run down to its last
         resource, and is raised again.
         """

@@ -747,6 +747,19 @@ def test_completion_with_more_than_text(text: str, calls: Any, reasoning: str, e
     assert json.loads(body)["choices"][0]["message"] == {"role": "assistant", **expected}
 
 
+def test_logprobs() -> None:
+    parts = [{"content": [{"token": "a", "logprob": -1.5}]}, {"content": [{"token": "\u2028"}], "refusal": [1]}]
+    body = chat.completion(RUN_ID, parse(), "x", "stop", USAGE, logprobs=parts)
+    assert body.isascii()
+    (choice,) = json.loads(body)["choices"]
+    assert choice["logprobs"] == {"content": [{"token": "a", "logprob": -1.5}, {"token": "\u2028"}], "refusal": [1]}
+    out = Output()
+    out.stream.take("delta", "a")
+    out.stream.take("logprobs", parts[0])
+    expected = [[ROLE], [word("a")], [{"index": 0, "delta": {}, "logprobs": parts[0], "finish_reason": None}]]
+    assert [chunk["choices"] for chunk in out.chunks()] == expected
+
+
 def test_stream_with_more_than_text() -> None:
     out = Output()
     out.stream.take("reasoning", "h\u2028m")

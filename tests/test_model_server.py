@@ -75,6 +75,11 @@ def part(**content):
     return {"choices": [{"index": 0, "delta": content}]}
 
 
+def likely(text, number):
+    tokens = None if number is None else {"content": [number]}
+    return {"choices": [{"index": 0, "delta": {"content": text}, "logprobs": tokens}]}
+
+
 def asked(index, name, arguments, id=None):
     call = {"index": index, "id": id, "type": "function", "function": {"name": name, "arguments": arguments}}
     return {key: value for key, value in call.items() if value is not None}
@@ -119,6 +124,8 @@ DENIED = ("upstream_auth", "the model server refused the gateway's credentials",
           part(tool_calls=[asked(None, "go", "{}", "c2")]), DONE],
          [calling(0, "c1", name="look", arguments="{"), calling(0, arguments="}"),
           calling(1, "c2", name="go", arguments="{}")]),
+        ([likely("a", -1), likely("b", -2), delta("c"), likely("d", None), DONE],
+         ["a", {"logprobs": {"content": [-1]}}, "b", {"logprobs": {"content": [-2]}}, "c", "d"]),
         ([part(tool_calls=[{}])], [calling(0), BROKE_OFF]),
         ([part(tool_calls=["x"])], [NONSENSE]),
         ([part(tool_calls={"index": 0})], [NONSENSE]),

@@ -90,6 +90,7 @@ def test_a_tools_doing_is_json_that_can_be_told(tool):
         providers.checked({"tool": tool})
 
 
+LOGPROBS = {"content": [{"token": "a", "logprob": -0.5, "bytes": [97], "top_logprobs": []}]}
 CALL = {"index": 0, "id": "c", "type": "function", "function": {"name": "look", "arguments": "{}"}}
 
 
@@ -99,6 +100,10 @@ CALL = {"index": 0, "id": "c", "type": "function", "function": {"name": "look", 
         ({"reasoning": "hm"}, {"reasoning": "hm"}),
         ({"reasoning": "\ud83d"}, {"reasoning": "\ufffd"}),
         ({"reasoning": ""}, None),
+        ({"logprobs": LOGPROBS}, {"logprobs": LOGPROBS}),
+        ({"logprobs": LOGPROBS | {"refusal": None, "text_offset": 5}}, {"logprobs": LOGPROBS}),
+        ({"logprobs": {"content": [], "refusal": None}}, None),
+        ({"logprobs": {"content": [float("-inf")]}}, None),
         ({"tool_calls": [CALL]}, {"tool_calls": [CALL]}),
         ({"tool_calls": [CALL | {"x": 1, "type": "y"}]}, {"tool_calls": [CALL]}),
         ({"tool_calls": [{"index": 1, "id": "", "function": {"name": None, "arguments": "\ud83d"}}]},
@@ -112,7 +117,7 @@ def test_calls_and_thoughts(item, expected):
 @pytest.mark.parametrize(
     "item",
     [
-        {"reasoning": 5}, {"tool_calls": []}, {"tool_calls": None}, {"tool_calls": {"index": 0}},
+        {"reasoning": 5}, {"logprobs": 5}, {"tool_calls": []}, {"tool_calls": None}, {"tool_calls": {"index": 0}},
         {"tool_calls": [{"index": True, "function": {}}]}, {"tool_calls": [CALL, {"index": 1}]},
         {"tool_calls": [CALL, "x"]}, {"tool_calls": [CALL], "reasoning": "hm"},
     ],

@@ -14,6 +14,7 @@ import runs as module
 from runs import CANCELLED, Run, RunError, Runs, failure, joined, settled, undoubled
 
 SECONDS = 10  # a bound, never waited for
+ITEMS = ("delta", "reasoning", "tool", "tool_calls", "logprobs")
 QUEUED = ("accepted", "start")  # these are told to observers
 TIMEOUT = ("error", {"kind": "timeout", "message": "The agent took too long.", "retry_after": None, "taken": True})
 USAGE = {"prompt_tokens": 1, "completion_tokens": 2, "total_tokens": 3}
@@ -94,7 +95,7 @@ class Desk(Runs):
         last = await self.drive(run, lambda kind, data: taken.append((kind, data)) or False)  # type: ignore[func-returns-value]
         events = [(kind, data) for who, kind, data in self.told if who is run and kind not in QUEUED]
         assert events[-1] == last
-        assert taken == [event for event in events if event[0] in ("delta", "reasoning", "tool", "tool_calls")]
+        assert taken == [event for event in events if event[0] in ITEMS]
         return events
 
     async def take_all(self, run: Run) -> list[tuple[str, Any]]:
@@ -1078,6 +1079,7 @@ def test_calls_and_thoughts() -> None:
 
     async def provider(turn: dict[str, Any]) -> AsyncIterator[Item]:
         yield {"reasoning": "hm"}
+        yield {"logprobs": {"content": []}}
         yield {"tool_calls": first}
         yield {"tool_calls": more}
         yield {"finish_reason": "stop"}
@@ -1085,9 +1087,10 @@ def test_calls_and_thoughts() -> None:
     async def work(desk: Desk) -> None:
         desk.transcript = [U("x"), calls("9")]
         run = make(provider, stored=True)
-        events = [("reasoning", "hm"), ("tool_calls", first), ("tool_calls", more), ("end", "tool_calls")]
+        events = [("reasoning", "hm"), ("logprobs", {"content": []}), ("tool_calls", first), ("tool_calls", more)]
+        events += [("end", "tool_calls")]
         assert await desk.take_all(run) == events
-        assert run.thoughts == ["hm"]
+        assert (run.thoughts, run.logprobs) == (["hm"], [{"content": []}])
         assert run.turn["messages"] == [U("x"), user("hi")]
         assert desk.saved[0][3] == [user("hi"), {"role": "assistant", "content": "", "tool_calls": [call("a")]}]
 
@@ -1114,7 +1117,13 @@ def test_an_image_is_seen_while_the_client_sends_it_and_stored_as_a_word() -> No
 
 
 @pytest.mark.parametrize(
-    "item", [{"reasoning": "x" * 11}, {"tool_calls": [fragment(0, "f", "x" * 11)]}, {"tool_calls": [fragment(0)] * 11}]
+    "item",
+    [
+        {"reasoning": "x" * 11},
+        {"logprobs": {"a": [12345]}},
+        {"tool_calls": [fragment(0, "f", "x" * 11)]},
+        {"tool_calls": [fragment(0)] * 11},
+    ],
 )
 def test_calls_and_thoughts_have_a_bound(item: Item, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("runs.MAX_ANSWER", 10)

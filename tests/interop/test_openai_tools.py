@@ -162,3 +162,21 @@ def test_images(stream: bool) -> None:
         wrong: Any = [{"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}]
         with pytest.raises(openai.BadRequestError, match="must be a data:"):
             client.chat.completions.create(model="copepod", messages=[{"role": "user", "content": wrong}])
+
+
+async def unsure(message: str, turn: dict[str, Any]) -> AsyncIterator[str | dict[str, Any]]:
+    for word, logprob in (("It ", -0.1), ("may.", -2.5)):
+        yield word
+        token = {"token": word, "logprob": logprob, "bytes": list(word.encode()), "top_logprobs": []}
+        yield {"logprobs": {"content": [token]}}
+
+
+def test_logprobs() -> None:
+    with relayed({"main": unsure}) as client:
+        asked: Any = {"model": "copepod", "messages": [QUESTION], "logprobs": True}
+        answer = client.chat.completions.create(**asked)
+        assert [each.logprob for each in answer.choices[0].logprobs.content] == [-0.1, -2.5]
+        with client.chat.completions.stream(**asked) as stream:
+            answer = stream.get_final_completion()
+        assert [each.token for each in answer.choices[0].logprobs.content] == ["It ", "may."]
+        assert answer.choices[0].message.content == "It may."
