@@ -22,7 +22,6 @@ SILENCE_SECONDS = 15.0  # between two comments of a silent stream
 DEFAULT_MODEL = "copepod"  # what is answered to a call that names none
 
 DONE = b"data: [DONE]\n\n"
-END = '"finish_reason":null}]}\n\n'  # of a chunk that is not the last one
 KEEP_ALIVE = b": keep-alive\n\n"
 
 # How a run fails -> status, `type`, `code`.
@@ -77,6 +76,7 @@ _FIELDS: dict[str, tuple[tuple[type, ...], str]] = {
 }
 # What tells the agent of the client's own tools.
 _TOOLS = ("tools", "tool_choice", "parallel_tool_calls")
+_NO_TOOLS: Mapping[str, Any] = {}
 # Of these, what the gateway itself answers to, does not hand on, or not to every agent.
 _OURS = {
     "function_call", "functions", "metadata", "model", "stream", "stream_options", *_TOOLS,
@@ -120,7 +120,7 @@ class ChatRequest(NamedTuple):
     messages: list[dict[str, Any]]  # the conversation: role, content (text), and tool_calls, tool_call_id, name
     message: str  # the text of the last user or tool message; "" where that is an image alone
     params: dict[str, Any]  # sampling fields, as sent
-    tools: dict[str, Any]  # `tools`, with `tool_choice` and `parallel_tool_calls`, as sent; {} without tools
+    tools: Mapping[str, Any]  # `tools`, with `tool_choice` and `parallel_tool_calls`, as sent; {} without tools
     images: bool  # the content of a user's message with images is its parts, as sent
 
 
@@ -185,7 +185,7 @@ def parse_request(body: bytes) -> ChatRequest:
     user, usage = ("", False) if _CLOSER.isdisjoint(fields) else _look_closer(fields)
     system, messages, message = parse_messages(fields.get("messages"))
     stream = fields.get("stream") is True
-    tools = {}
+    tools = _NO_TOOLS
     if fields.get("tools"):
         tools = {name: value for name in _TOOLS if (value := fields.get(name)) is not None}
     images = b"image_url" in body and any(isinstance(each["content"], list) for each in messages)
@@ -530,6 +530,7 @@ class EventStream:
 
     def take(self, kind: str, data: Any) -> bool:
         """Send what an event of the run is here: a delta, or that it has begun. True: the reader is slow."""
+        more = ""
         if kind == "delta":  # ASCII, since some clients split lines at U+2028 and its like
             delta = f'"content":{encode_basestring_ascii(data)}'
         elif kind == "reasoning":  # DeepSeek's word for it; OpenAI has none
@@ -537,10 +538,11 @@ class EventStream:
         elif kind == "tool_calls":
             delta = f'"tool_calls":{json.dumps(data)}'
         elif kind == "logprobs":  # those of the words before it
-            return self._write(f'{self._start}{{"index":0,"delta":{{}},{_logprobs([data])}{END}'.encode())
+            delta, more = "", _logprobs([data])
         else:
             return not self._begun and self._write(b"")
-        return self._write(f'{self._start}{{"index":0,"delta":{{{delta}}},{END}'.encode())
+        chunk = f'{self._start}{{"index":0,"delta":{{{delta}}},{more}"finish_reason":null}}]}}\n\n'
+        return self._write(chunk.encode())
 
     def end(self, kind: str, data: Any, usage: Mapping[str, int]) -> bool:
         """Send what the last event of the run is here. True: the reader is slow. APIError: it failed before a word."""

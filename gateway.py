@@ -165,7 +165,7 @@ def _overloaded(message: str) -> APIError:
 def _fitted(call: chat.ChatRequest, agent: configuration.Agent) -> chat.ChatRequest:
     """Return the call as its agent can take it. APIError: 400, it cannot."""
     if call.tools and agent.client_tools:
-        call = call._replace(params=call.params | call.tools)
+        call = call._replace(params={**call.params, **call.tools})
     else:
         chat.check_tools(call, agent.id)
     if not call.images:
@@ -703,10 +703,8 @@ class Gateway:
             raise chat.run_error(**data)
         if run.lost:
             x.fields.append(("x-copepod-store", "failed"))
-        message, thoughts = run.message, "".join(run.thoughts)
-        calls = message.get("tool_calls", ())
-        text, more = message["content"], (calls, thoughts, run.logprobs)
-        return x.send(200, chat.completion(run.id, call, text, data, run.usage, *more))
+        more = (runs.joined(run.calls), "".join(run.thoughts), run.logprobs)
+        return x.send(200, chat.completion(run.id, call, "".join(run.answer), data, run.usage, *more))
 
     def accept(
         self,

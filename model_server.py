@@ -233,66 +233,56 @@ async def close(items: AsyncIterator[Any] | None) -> None:
             log.exception("an agent's generator failed while it was closed")
 
 
-class Patience:
-    """The time that a turn may take, `seconds` or any, and how often it may be asked for: `tries` in its own time."""
+class Asked:
+    """A turn's request, and its response; `seconds` for both, None for any, and `retry`, which says how often."""
 
-    __slots__ = ("clock", "deadline", "delay", "left", "run_id", "until")
+    __slots__ = ("begun", "deadline", "events", "loop", "response", "retry", "run_id", "timer", "tries")
 
     def __init__(self, run_id: str, seconds: float | None, retry: dict[str, Any]) -> None:
-        self.run_id, self.clock = run_id, asyncio.get_running_loop().time
-        now = self.clock()
-        self.deadline = None if seconds is None else now + seconds
-        self.left, self.delay = retry.get("tries", 1) - 1, FIRST_DELAY
-        self.until = now + retry.get("seconds", 0)
-
-    def is_late(self) -> bool:
-        """Whether the time is up."""
-        return self.deadline is not None and self.clock() >= self.deadline
-
-    async def wait(self, error: ProviderError) -> None:
-        """Return when it may be asked for again; else `error` is raised."""
-        if self.left <= 0 or error.taken or not error.passing:
-            raise error
-        import random
-
-        delay = max(self.delay * random.uniform(0.75, 1), error.retry_after or 0)  # noqa: S311 (not all at once)
-        if self.clock() + delay > min(self.until, self.deadline or self.until):
-            raise error
-        self.left -= 1
-        self.delay *= 2
-        log.warning("run %s: %s; it is asked again in %.1f s", self.run_id, error, delay)
-        await asyncio.sleep(delay)
-
-
-class Asked:
-    """A request and its response."""
-
-    __slots__ = ("events", "patience", "response", "timer")
-
-    def __init__(self, patience: Patience) -> None:
-        self.patience = patience
+        self.run_id, self.retry, self.tries, self.loop = run_id, retry, 0, asyncio.get_running_loop()
+        self.begun = self.loop.time()
+        self.deadline = None if seconds is None else self.begun + seconds
         self.response: Response | None = None
         self.events: AsyncIterator[str] | None = None  # of an answer that is streamed
         self.timer: asyncio.TimerHandle | None = None
 
     async def open(self, work: Awaitable[Response], secrets: list[str]) -> str:
         """Set `events`, else return the whole answer. OSError: it does not come; ProviderError: it is a refusal."""
-        deadline = self.patience.deadline
-        self.response = response = await until(deadline, work)
+        self.tries += 1
+        self.response = self.events = None
+        self.response = response = await until(self.deadline, work)
         if not 200 <= response.status < 300:
-            raise await until(deadline, refusal(response, self.patience.run_id, secrets))
+            raise await until(self.deadline, refusal(response, self.run_id, secrets))
         if response.fields.get("content-type", "").lower().startswith("application/json"):
-            return (await until(deadline, response.read(MAX_ANSWER))).decode("utf-8-sig", "replace")
-        if deadline is not None:  # one timer for all of them, and closing it ends its events
-            self.timer = asyncio.get_running_loop().call_at(deadline, response.close)
+            return (await until(self.deadline, response.read(MAX_ANSWER))).decode("utf-8-sig", "replace")
+        if self.deadline is not None:  # one timer for all of them, and closing it ends its events
+            self.timer = self.loop.call_at(self.deadline, response.close)
         self.events = response.events()
         return ""
+
+    def is_late(self) -> bool:
+        """Whether the time is up."""
+        return self.deadline is not None and self.loop.time() >= self.deadline
+
+    async def wait(self, error: ProviderError) -> None:
+        """Return when it may be asked for again; else `error` is raised."""
+        if self.tries >= self.retry.get("tries", 1) or error.taken or not error.passing:
+            raise error
+        import random
+
+        delay = FIRST_DELAY * 2 ** (self.tries - 1) * random.uniform(0.75, 1)  # noqa: S311 (so that not all come at once)
+        delay = max(delay, error.retry_after or 0)
+        until_ = self.begun + self.retry.get("seconds", 0)
+        if self.loop.time() + delay > min(until_, self.deadline or until_):
+            raise error
+        log.warning("run %s: %s; it is asked again in %.1f s", self.run_id, error, delay)
+        await asyncio.sleep(delay)
 
     def check(self, answer: Answer, spoken: bool) -> None:
         """TimeoutError, ProviderError: the response ended before the answer did."""
         if answer.done:
             return
-        if self.patience.is_late():
+        if self.is_late():
             raise TimeoutError
         if not answer.finish_reason and (self.events is not None or not spoken):
             raise ProviderError("upstream", "the model server's answer broke off", taken=True)
@@ -300,8 +290,8 @@ class Asked:
     def failure(self, error: OSError | ProviderError, spoken: bool) -> ProviderError:
         """What is to be raised for that; a model that has spoken may have acted."""
         if isinstance(error, OSError):
-            log.warning("run %s: the model server: %s", self.patience.run_id, error or type(error).__name__)
-            if self.patience.is_late():
+            log.warning("run %s: the model server: %s", self.run_id, error or type(error).__name__)
+            if self.is_late():
                 return ProviderError("timeout", "the model server took too long", taken=True)
             error = broken(error, self.response is not None)
         error.taken |= spoken
@@ -311,7 +301,7 @@ class Asked:
         """Read what follows the last event, most often the end of the body: only then is the connection used again."""
         if self.response is None or self.events is None:
             return
-        timer = asyncio.get_running_loop().call_later(DONE_GRACE, self.response.close)
+        timer = self.loop.call_later(DONE_GRACE, self.response.close)
         try:
             with suppress(OSError):
                 async for _ in self.events:
@@ -319,13 +309,12 @@ class Asked:
         finally:
             timer.cancel()
 
-    async def close(self) -> None:
+    def close(self) -> None:
         """End it, and give its connection back."""
         if self.timer is not None:
             self.timer.cancel()
         if self.response is not None:
             self.response.close()
-        await close(self.events)
 
 
 class _Server:
@@ -342,9 +331,9 @@ class _Server:
     async def answered(self, turn: Turn) -> AsyncIterator[Item]:
         """The items of the answer to a turn; ProviderError."""
         body = formed(self.dialect, turn)
-        patience = Patience(turn["run_id"], self.seconds, self.retry)
+        asked = Asked(turn["run_id"], self.seconds, self.retry)
         while True:
-            asked, answer, spoken, count = Asked(patience), self.dialect.Answer(self.told), False, 0
+            answer, spoken, count = self.dialect.Answer(self.told), False, 0
             try:
                 whole = await asked.open(self.request("POST", self.url, self.fields, body), self.secrets)
                 if asked.events is None:
@@ -373,10 +362,13 @@ class _Server:
                 asked.check(answer, spoken)
                 for item in answer.end():
                     yield item
-                await asked.drain()
+                if asked.events is not None:
+                    await asked.drain()
                 return
             except (OSError, ProviderError) as error:
                 failure = asked.failure(error, spoken)
             finally:
-                await asked.close()
-            await patience.wait(failure)
+                asked.close()
+                if asked.events is not None:
+                    await close(asked.events)
+            await asked.wait(failure)

@@ -99,9 +99,9 @@ class Run:
         self.finish_reason = "stop"
         self.provider = ""  # the name of the one that answers
         self.answer: list[str] = []  # the deltas so far
-        self.thoughts: list[str] = []  # likewise, of reasoning
-        self.logprobs: list[dict[str, Any]] = []  # of the deltas, in OpenAI's form
-        self.calls: list[list[dict[str, Any]]] = []  # likewise, of calls of the client's tools
+        self.thoughts: Sequence[str] = ()  # likewise, of reasoning
+        self.logprobs: Sequence[dict[str, Any]] = ()  # of the deltas, in OpenAI's form
+        self.calls: Sequence[list[dict[str, Any]]] = ()  # likewise, of calls of the client's tools
         self.started_at: float | None = None  # seconds since the epoch
         self.ended_at: float | None = None
         self.task: asyncio.Task[Any] | None = None  # the one that drives it
@@ -123,20 +123,21 @@ class Run:
 
     def take(self, item: Item) -> Event | None:
         """Return the event that an item of a provider is, None for what only the end tells."""
-        kept: list[Any] | None = None
         if isinstance(item, str):
-            event, size, kept = ("delta", item), len(item), self.answer
+            event, size = ("delta", item), len(item)
+            self.answer.append(item)
         elif "tool" in item:
             event, size = ("tool", item["tool"]), 0
         elif "reasoning" in item:
-            event, size, kept = ("reasoning", item["reasoning"]), len(item["reasoning"]), self.thoughts
+            event, size = ("reasoning", item["reasoning"]), len(item["reasoning"])
+            self._list("thoughts").append(item["reasoning"])
         elif calls := item.get("tool_calls"):
             texts = (text for each in calls for text in (each.get("id", ""), *each["function"].values()))
-            size = FRAGMENT * len(calls) + sum(map(len, texts))
-            event, kept = ("tool_calls", calls), self.calls
+            event, size = ("tool_calls", calls), FRAGMENT * len(calls) + sum(map(len, texts))
+            self._list("calls").append(calls)
         elif "logprobs" in item:
-            size = len(json.dumps(item["logprobs"]))
-            event, kept = ("logprobs", item["logprobs"]), self.logprobs
+            event, size = ("logprobs", item["logprobs"]), len(json.dumps(item["logprobs"]))
+            self._list("logprobs").append(item["logprobs"])
         else:
             self.usage = item.get("usage", self.usage)
             self.finish_reason = item.get("finish_reason", self.finish_reason)
@@ -145,9 +146,14 @@ class Run:
         if self.room < 0:
             raise RunError("upstream", "The agent's answer is too long.", taken=True)
         self.spoken = True
-        if kept is not None:
-            kept.append(event[1])
         return event
+
+    def _list(self, name: str) -> list[Any]:
+        """Return what has come of that so far; most runs have none of it."""
+        if not getattr(self, name):
+            setattr(self, name, [])
+        found: list[Any] = getattr(self, name)
+        return found
 
     @property
     def message(self) -> Message:
