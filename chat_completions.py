@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, NoReturn
 
 MAX_DEPTH = 128  # nesting of the request's JSON; the parser itself ends near the interpreter's recursion limit
 MAX_VALUES = 65_536  # in it: some 5 ms of the loop, which waits meanwhile; 10,000 messages have 30,000
-MAX_KEY = 512  # bytes of a session key, and of `user`
+MAX_KEY = 512  # bytes of a session key, of `user`, and of a conversation's id
 
 HOLD_SECONDS = 5.0  # how long the head of a stream waits for the first word
 SILENCE_SECONDS = 15.0  # between two comments of a silent stream
@@ -353,10 +353,23 @@ def _must(name: str, be: str) -> NoReturn:
 
 
 class Directory:
-    """Which agent and which session a request means, for the agents and brands of one configuration."""
+    """Which agent and which session a request means, for the agents and brands of one configuration.
 
-    def __init__(self, agents: Collection[str], default: str, brands: Sequence[str]) -> None:
+    `session_headers` are the fields that may carry a conversation's id; `session_from` says what else than a session
+    key makes a session: "user" (these and `user`), "header" (these), or "none".
+    """
+
+    def __init__(
+        self,
+        agents: Collection[str],
+        default: str,
+        brands: Sequence[str],
+        session_headers: Sequence[str] = (),
+        session_from: str = "user",
+    ) -> None:
         self.agents, self.default = agents, default
+        self._by_user = session_from == "user"
+        self._chat_fields = () if session_from == "none" else tuple(name.lower() for name in session_headers)
         self._brands = frozenset(brands)
         names = "|".join(brands)
         self._model = re.compile(rf"(?:({names})|(?:{names}|agent):(.*)|(?:{names})/(.*))", re.IGNORECASE | re.DOTALL)
@@ -407,7 +420,9 @@ class Directory:
             agent_id = self.by_model(model)
         if not key:
             agent_id = agent_id or self.default
-            if user:
+            if self._chat_fields and (chat := self._chat(fields)):
+                return Target(agent_id, f"agent:{agent_id}:openai-chat:{chat}", True)
+            if user and self._by_user:
                 return Target(agent_id, f"agent:{agent_id}:openai-user:{user}", True)
             return Target(agent_id, f"agent:{agent_id}:openai:{uuid}", False)
         if len(key.encode()) > MAX_KEY or _CONTROL.search(key):
@@ -419,6 +434,15 @@ class Directory:
                 raise APIError(400, f"The session key is of agent `{named}`, but `{agent_id}` was asked for.")
             agent_id = named
         return Target(agent_id or self.default, key, True)
+
+    def _chat(self, fields: Mapping[str, str]) -> str:
+        """Return the conversation's id, of the first field that has one; "" where none has. APIError: 400."""
+        for name in self._chat_fields:
+            if chat := text_of(fields.get(name, "")):
+                if len(chat.encode()) > MAX_KEY or _CONTROL.search(chat):
+                    raise APIError(400, f"The field {name} has at most {MAX_KEY} bytes and no control characters.")
+                return chat
+        return ""
 
     def _by_field(self, fields: Mapping[str, str]) -> str | None:
         agent_id = self._one(fields, self._agent_fields)

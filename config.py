@@ -104,6 +104,12 @@ INPUT = Rule(
     '["text"] or ["text", "image"]', lambda v: isinstance(v, list) and "text" in v and all(x in INPUTS for x in v)
 )
 NAMES = Rule("a list of names", lambda v: isinstance(v, list) and v and all(isinstance(name, str) for name in v))
+# RFC 9110 5.1: field-name = token. What has a secret would be in the store, and in the answer's head.
+FIELD = _text(
+    None,
+    'the name of a field such as "x-openwebui-chat-id", not of one with a secret',
+    r"(?!(?i:(?:proxy-)?authorization|cookie)$)[!#$%&'*+.^_`|~0-9A-Za-z-]{1,64}",
+)
 HEADER = _text(None, "text without control characters", r"[^\x00-\x08\x0a-\x1f\x7f]*", secret=True)
 
 PROVIDERS: dict[str, dict[str, Table]] = {
@@ -193,7 +199,13 @@ ROOT: dict[str, Table] = {
             "allowedHosts": [TEXT],
             "keepAliveSeconds": _number(30, 0.01, 3600),
             "writeTimeoutSeconds": _number(30, 0.01, 3600),
-            "endpoints": {"chatCompletions": {"enabled": FLAG._replace(default=False)}},
+            "endpoints": {
+                "chatCompletions": {
+                    "enabled": FLAG._replace(default=False),
+                    "sessionHeaders": [FIELD],
+                    "sessionFrom": _choice("user", "user", "header", "none"),
+                }
+            },
         },
         "tls": {"enabled": FLAG, "cert": TEXT, "key": TEXT, "certPath": TEXT, "keyPath": TEXT},
         "tools": None,
@@ -282,6 +294,8 @@ class Config(NamedTuple):
     allowed_origins: tuple[str, ...]
     allowed_hosts: tuple[str, ...]
     chat_completions: bool
+    session_headers: tuple[str, ...]
+    session_from: str  # "user", "header" or "none"
     tls: tuple[str, str] | None
     agents: dict[str, Agent]
     default_agent: str
@@ -306,6 +320,8 @@ FIELDS = {
     "keep_alive_seconds": "gateway.http.keepAliveSeconds", "write_timeout_seconds": "gateway.http.writeTimeoutSeconds",
     "allowed_origins": "gateway.http.allowedOrigins", "allowed_hosts": "gateway.http.allowedHosts",
     "chat_completions": "gateway.http.endpoints.chatCompletions.enabled",
+    "session_headers": "gateway.http.endpoints.chatCompletions.sessionHeaders",
+    "session_from": "gateway.http.endpoints.chatCompletions.sessionFrom",
     "max_concurrent": "agents.defaults.maxConcurrent",
     "store": "session.store", "max_messages": "session.maxMessages",
     "log_level": "logging.level", "log_format": "logging.format",

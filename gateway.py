@@ -113,7 +113,9 @@ class House:
             trusted=config.trusted_proxies,
         )
         self.directories = {  # by the name of the caller's token
-            caller.name: chat.Directory(*_agents_of(config, caller), config.brands)
+            caller.name: chat.Directory(
+                *_agents_of(config, caller), config.brands, config.session_headers, config.session_from
+            )
             for caller in (auth.ANYONE, *config.auth.tokens)
         }
         made: dict[str, runs.Provider] = {}

@@ -602,6 +602,52 @@ def test_session_of_another_agent(model: str, key: str, status: int) -> None:
     assert error.value.status == status
 
 
+CHATS = ("X-OpenWebUI-Chat-Id", "x-chat")  # as they may be configured
+BOTH = {"x-openwebui-chat-id": "1", "x-chat": "2"}
+
+
+@pytest.mark.parametrize(
+    ("session_from", "user", "fields", "key"),
+    [
+        ("user", "", {"x-openwebui-chat-id": "c-1"}, "agent:helper:openai-chat:c-1"),
+        ("user", "Bob", {"x-chat": "C 1"}, "agent:helper:openai-chat:C 1"),
+        ("user", "Bob", {"x-chat": ""}, "agent:helper:openai-user:Bob"),
+        ("user", "Bob", {"x-other": "c"}, "agent:helper:openai-user:Bob"),
+        ("user", "", BOTH, "agent:helper:openai-chat:1"),  # the first that is configured
+        ("user", "", {**BOTH, "x-openwebui-chat-id": ""}, "agent:helper:openai-chat:2"),
+        ("user", "", {**BOTH, "x-chat": "k" * 513}, "agent:helper:openai-chat:1"),
+        ("user", "", {"x-chat": "k" * 512}, "agent:helper:openai-chat:" + "k" * 512),
+        ("user", "", {"x-chat": "caf\xc3\xa9"}, "agent:helper:openai-chat:caf\xe9"),
+        ("user", "", {"x-chat": "1", "x-mine-agent": "coder"}, "agent:coder:openai-chat:1"),
+        ("user", "", {"x-chat": "agent:coder:x"}, "agent:helper:openai-chat:agent:coder:x"),  # no key, only an id
+        ("user", "", {"x-chat": "1", "x-copepod-session-key": "k"}, "k"),
+        ("header", "Bob", {}, None),
+        ("header", "Bob", {"x-chat": "1"}, "agent:helper:openai-chat:1"),
+        ("header", "Bob", {"x-fased-session-key": "k"}, "k"),
+        ("none", "Bob", {"x-chat": "1"}, None),
+        ("none", "Bob", {"x-chat": "\t"}, None),
+        ("none", "Bob", {"x-chat": "1", "x-copepod-session-key": "agent:coder:x"}, "agent:coder:x"),
+    ],
+)
+def test_session_of_a_conversation(session_from: str, user: str, fields: Mapping[str, str], key: str | None) -> None:
+    directory = Directory(["helper", "coder"], "helper", BRANDS, CHATS, session_from)
+    target = directory.resolve("", user, fields, "u")
+    assert (target.session_key, target.stored) == (key or "agent:helper:openai:u", key is not None)
+
+
+def test_no_field_names_a_conversation_where_none_is_configured() -> None:
+    target = DIRECTORY.resolve("", "Bob", BOTH, "u")
+    assert target.session_key == "agent:helper:openai-user:Bob"
+
+
+@pytest.mark.parametrize("value", ["k" * 513, "\xc3\xa9" * 257, "a\tb", "\x7f", "a\xc2\x85b"])
+def test_bad_id_of_a_conversation(value: str) -> None:
+    directory = Directory(["helper"], "helper", BRANDS, CHATS)
+    with pytest.raises(APIError, match="The field x-openwebui-chat-id has at most 512 bytes and no control") as error:
+        directory.resolve("", "Bob", {"x-openwebui-chat-id": value, "x-chat": "1"}, "u")
+    assert (error.value.status, error.value.type) == (400, "invalid_request_error")
+
+
 # What is printed
 
 

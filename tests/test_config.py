@@ -44,6 +44,10 @@ def gateway(**keys: Any) -> dict[str, Any]:
     return {"gateway": keys}
 
 
+def chats(**keys: Any) -> dict[str, Any]:
+    return gateway(http={"endpoints": {"chatCompletions": keys}})
+
+
 def agents(*entries: Any, **defaults: Any) -> dict[str, Any]:
     return {"agents": {"list": list(entries), "defaults": defaults}}
 
@@ -76,7 +80,8 @@ def test_the_built_in_default() -> None:
     assert got.auth.rate_limit == config.RateLimit(10, 60000, 300000, True)
     assert (got.max_connections, got.drain_seconds) == (1024, 30)
     assert (got.keep_alive_seconds, got.write_timeout_seconds) == (30, 30)
-    assert (got.chat_completions, got.tls, got.max_concurrent) == (False, None, 64)
+    assert (got.chat_completions, got.session_headers, got.session_from) == (False, (), "user")
+    assert (got.tls, got.max_concurrent) == (None, 64)
     assert got.agents == {"main": config.Agent("main", "main", ("echo/echo",), "", {}, 570, False, False)}
     assert got.default_agent == "main"
     assert got.providers == {"echo": config.Provider("echo", "echo", {})}
@@ -127,6 +132,8 @@ TOKEN = {"COPEPOD_GATEWAY_TOKEN": "t"}
         (gateway(auth={"rateLimit": {"maxAttempts": 3}}), {}, "auth.rate_limit.max_attempts", 3),
         # HTTP
         (gateway(http={"endpoints": {"chatCompletions": {"enabled": True}}}), {}, "chat_completions", True),
+        (chats(sessionHeaders=["X-Chat", "~1"]), {}, "session_headers", ("X-Chat", "~1")),
+        (chats(sessionFrom="header"), {}, "session_from", "header"),
         (gateway(http={"allowedOrigins": ["https://a.example"]}), {}, "allowed_origins", ("https://a.example",)),
         (gateway(http={"allowedHosts": ("a",)}), {}, "allowed_hosts", ("a",)),
         (gateway(http={"keepAliveSeconds": 0.2}), {}, "keep_alive_seconds", 0.2),
@@ -278,6 +285,8 @@ UNSET = "is not set: set it in the environment, or write $${} for the text itsel
 RANGE = "must be a whole number from 0 to 65535"
 MODES = 'must be "none", "token" or "password"'
 SCRIPT = "{message} would be a shell's script, so anyone could run anything"
+CHATS = "gateway.http.endpoints.chatCompletions"
+NAMED = 'must be the name of a field such as "x-openwebui-chat-id", not of one with a secret'
 OBJECT = '{ primary: "...", fallbacks: ["..."] }'
 ADDRESS = "must be an http:// or https:// address without user or query"
 ID = 'letters, digits, "_" and "-", at most 64'
@@ -306,6 +315,20 @@ APIS = 'must be "echo", "python", "command", "openai-completions" or "anthropic-
             {},
             ['gateway.http.endpoints.chatCompletions.enabled: must be true or false, not "yes"'],
         ),
+        *(
+            (chats(sessionHeaders=["x-a", name]), {}, [f'{CHATS}.sessionHeaders[1]: {NAMED}, not "{shown}"'])
+            for name in ("", "a b", "x:", "x\n", "\u212aey", "authorization", "Proxy-Authorization", "COOKIE")
+            for shown in (name.replace("\n", "\\n"),)
+        ),
+        (
+            chats(sessionHeaders=["x" * 65], sessionFrom="chat"),
+            {},
+            [
+                f'{CHATS}.sessionHeaders[0]: {NAMED}, not "{"x" * 56}..."',
+                f'{CHATS}.sessionFrom: must be "user", "header" or "none", not "chat"',
+            ],
+        ),
+        (chats(sessionHeader=[]), {}, [f'{CHATS}.sessionHeader: unknown key. Did you mean "sessionHeaders"?']),
         (gateway(http={"allowedHosts": ["a", 2]}), {}, ["gateway.http.allowedHosts[1]: must be text, not 2"]),
         (agents(systemPrompt="a\0"), {}, ['agents.defaults.systemPrompt: must be text, not "a\\u0000"']),
         (agents(systemPrompt=["x"]), {}, ["agents.defaults.systemPrompt: must be text, not a list"]),

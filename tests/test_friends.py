@@ -35,6 +35,7 @@ FRIENDS = {
     "gateway.auth.tokens": [ALICE, BOB, EVE],
     "agents.list": AGENTS,
 }
+CHATS = "gateway.http.endpoints.chatCompletions"
 BEARER = {"Authorization": f"Bearer {SESAME}"}
 ERRORS = {400: "invalid_request_error", 404: "invalid_request_error"}
 
@@ -107,15 +108,20 @@ FIELDS: list[dict[str, str]] = [
     {"x-copepod-session-key": "token:alice:agent:main:diary"},
     {"x-copepod-session-key": "::"},
     {"x-copepod-session-key": "main"},
+    {"x-chat-id": "diary"},
+    {"x-chat-id": "agent:main:diary"},
+    {"x-chat-id": "token:bob:agent:beta:diary", "x-copepod-agent-id": "gamma"},
+    {"x-chat-id": "diary", "x-epiloop-session-key": "agent:main:diary"},
 ]
 
 
 def test_http_reaches_its_own_agents_alone() -> None:
-    """By every form of a model, a header and a session key."""
+    """By every form of a model, a header, a session key and a conversation's id."""
 
     async def main() -> None:
         house = House()
-        async with house.open() as hub, await Client.open(hub.port) as client:
+        fields = {f"{CHATS}.sessionHeaders": ["X-Chat-Id"]}
+        async with house.open(**fields) as hub, await Client.open(hub.port) as client:
             ids = await furnish(hub)
             statuses = set()
             for model, fields, user in product(MODELS, FIELDS, ("", "diary")):
@@ -138,6 +144,7 @@ def test_http_reaches_its_own_agents_alone() -> None:
                 assert len((await hub.store.history(agent, key))[1]) == 2
             keys = {session["key"] for session in await hub.store.list()} - {key for _, key in DIARIES}
             assert all(key.startswith("token:alice:") for key in keys)
+            assert "token:alice:agent:beta:openai-chat:diary" in keys
 
     run(main())
 
@@ -185,24 +192,31 @@ def test_what_a_token_needs_for_http(path: str) -> None:
     run(main())
 
 
-def test_two_friends_with_one_key_do_not_meet() -> None:
+@pytest.mark.parametrize(
+    ("field", "value", "own"),
+    [
+        ("x-copepod-session-key", "agent:beta:ours", "agent:beta:ours"),
+        ("x-chat-id", "ours", "agent:beta:openai-chat:ours"),
+    ],
+)
+def test_two_friends_with_one_key_do_not_meet(field: str, value: str, own: str) -> None:
     """Neither in what is stored, nor in the lane, nor in an agent that remembers by its session's key."""
 
     async def main() -> None:
         house = House()
-        async with house.open() as hub:
-            key = {"x-copepod-session-key": "agent:beta:ours"}
+        key = {field: value, "x-copepod-agent-id": "beta"}
+        async with house.open(**{f"{CHATS}.sessionHeaders": ["x-chat-id"]}) as hub:
             holding = asyncio.ensure_future(ask(hub, "hold of alice", {**bearer("alice"), **key}))
             await within(house.held.acquire())
             answer = await ask(hub, "of bob", {**bearer("bob"), **key})  # not behind hers
             assert answer.text == "beta:of bob"
-            assert answer.fields["x-copepod-session-key"] == "agent:beta:ours"
+            assert answer.fields["x-copepod-session-key"] == own
             assert (await ask(hub, "of the house", {**BEARER, **key})).text == "beta:of the house"
             house.go.set()
             assert (await holding).text == "beta:hold of alice"
             said = (await ask(hub, "again", {**bearer("bob"), **key})).text
             assert said == "beta:of bob|again"
-            keys = ["token:alice:agent:beta:ours", "token:bob:agent:beta:ours", "agent:beta:ours"]
+            keys = [f"token:alice:{own}", f"token:bob:{own}", own]
             assert {turn["session_key"] for turn in house.turns} == set(keys)
             assert {session["key"] for session in await hub.store.list()} == set(keys)
             assert len({turn["session_id"] for turn in house.turns}) == 3

@@ -134,6 +134,28 @@ def test_stateless_calls_are_not_stored() -> None:
     run(main())
 
 
+@pytest.mark.parametrize(
+    ("session_from", "keys"),
+    [
+        ("user", {"agent:main:openai-chat:c", "agent:main:openai-user:ann", "desk"}),
+        ("header", {"agent:main:openai-chat:c", "desk"}),
+        ("none", {"desk"}),
+    ],
+)
+def test_what_makes_a_session(session_from: str, keys: set[str]) -> None:
+    async def main() -> None:
+        where = "gateway.http.endpoints.chatCompletions"
+        async with serving({f"{where}.sessionHeaders": ["X-Chat"], f"{where}.sessionFrom": session_from}) as hub:
+            fields = ({"x-chat": "c"}, {}, {"x-chat": "c", "x-copepod-session-key": "desk"})
+            told = [(await ask(hub, "hi", each, user="ann")).fields["x-copepod-session-key"] for each in fields]
+            assert {key for key in told if not key.startswith("agent:main:openai:")} == keys
+            assert {entry["key"] for entry in await hub.store.list()} == keys
+            refused = await ask(hub, "hi", {"x-chat": "c" * 513})
+            assert refused.status == (200 if session_from == "none" else 400)
+
+    run(main())
+
+
 def test_what_fails_is_not_stored_and_what_ends_is() -> None:
     async def main() -> None:
         async with Upstream(answers(500, b"")) as upstream, serving(upstream.settings()) as hub:

@@ -60,7 +60,7 @@ models = st.text(max_size=20) | st.builds(
     "{}{}{}".format, st.sampled_from(["copepod", "openclaw", "agent", ""]), st.sampled_from([":", "/", "", " "]), ids
 )
 WHAT = ("agent-id", "agent", "session-key", "session-id")
-FIELDS = [f"x-{brand}-{what}" for brand in ("copepod", "openclaw") for what in WHAT]
+FIELDS = ["x-chat", *(f"x-{brand}-{what}" for brand in ("copepod", "openclaw") for what in WHAT)]
 latin = st.text(st.characters(max_codepoint=0xFF), max_size=12)
 utf8 = st.text(max_size=600).map(lambda text: text.encode().decode("latin-1"))
 keys = latin | st.builds("agent:{}:{}".format, ids, latin) | utf8
@@ -140,7 +140,7 @@ def test_depth_has_a_bound(depth: int, lists: bool) -> None:
 @given(models, KEYS, st.dictionaries(st.sampled_from(FIELDS), ids | keys, max_size=2))
 def test_any_caller_is_sent_somewhere(model: str, user: str, fields: dict[str, str]) -> None:
     agents = {"main": SimpleNamespace(id="main"), "work": SimpleNamespace(id="work")}
-    directory = chat.Directory(agents, "main", ["copepod", "openclaw"])
+    directory = chat.Directory(agents, "main", ["copepod", "openclaw"], ["x-chat"])
     user = "" if any("\ud800" <= c <= "\udfff" for c in user) else user  # parse_request has none
     try:
         target = directory.resolve(model, user, fields, "0" * 32)
