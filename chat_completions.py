@@ -9,6 +9,7 @@ import json
 import re
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from itertools import count
 from json.encoder import encode_basestring_ascii
 from math import isinf
 from typing import Any, NamedTuple, NoReturn
@@ -83,6 +84,7 @@ _OURS = {
 }  # fmt: skip
 ROLES = ("user", "assistant", "tool", "function")  # of a conversation's messages
 _CLOSER = frozenset({"n", "stop", "stream_options", "tools", "user"})  # of these, a type does not say enough
+_NOTHING_CLOSER = ("", False, False)
 _JSON = {type(None): "null", bool: "a boolean", int: "a number", float: "a number", str: "a string", list: "an array"}
 
 
@@ -116,6 +118,7 @@ class ChatRequest(NamedTuple):
     user: str  # "" when absent
     stream: bool
     include_usage: bool
+    include_events: bool  # the agent's doings are told in the stream, too
     system: str  # system and developer messages, joined by a blank line
     messages: list[dict[str, Any]]  # the conversation: role, content (text), and tool_calls, tool_call_id, name
     message: str  # the text of the last user or tool message; "" where that is an image alone
@@ -182,7 +185,7 @@ def parse_request(body: bytes) -> ChatRequest:
                 _must(name, known[1])
             if name not in _OURS:
                 params[name] = value
-    user, usage = ("", False) if _CLOSER.isdisjoint(fields) else _look_closer(fields)
+    user, usage, events = _NOTHING_CLOSER if _CLOSER.isdisjoint(fields) else _look_closer(fields)
     system, messages, message = parse_messages(fields.get("messages"))
     stream = fields.get("stream") is True
     tools = _NO_TOOLS
@@ -190,7 +193,7 @@ def parse_request(body: bytes) -> ChatRequest:
         tools = {name: value for name in _TOOLS if (value := fields.get(name)) is not None}
     images = b"image_url" in body and any(isinstance(each["content"], list) for each in messages)
     model = fields.get("model") or ""
-    return ChatRequest(model, user, stream, usage, system, messages, message, params, tools, images)
+    return ChatRequest(model, user, stream, usage, events, system, messages, message, params, tools, images)
 
 
 def check_tools(call: ChatRequest, agent_id: str) -> None:
@@ -200,8 +203,11 @@ def check_tools(call: ChatRequest, agent_id: str) -> None:
         _refuse("tools", f"{said} or ask for an agent that has `clientTools: true`.")
 
 
-def _look_closer(fields: Mapping[str, Any]) -> tuple[str, bool]:
-    """Return `user` and `stream_options.include_usage`. APIError: 400, also for what else a type alone does not say."""
+def _look_closer(fields: Mapping[str, Any]) -> tuple[str, bool, bool]:
+    """Return `user`, and `include_usage` and `include_events` of `stream_options`.
+
+    APIError: 400, also for what else a type alone does not say.
+    """
     if isinstance(stop := fields.get("stop"), list) and any(not isinstance(item, str) for item in stop):
         _must("stop", "a string or an array of strings")
     if (tools := fields.get("tools")) and any(not isinstance(tool, dict) for tool in tools):
@@ -209,13 +215,14 @@ def _look_closer(fields: Mapping[str, Any]) -> tuple[str, bool]:
     if "n" in fields and (fields["n"] not in (None, 1) or fields["n"] is True):
         _refuse("n", "`n` must be 1: one answer is given.")
     options = fields.get("stream_options") or {}
-    if options and not isinstance(options.get("include_usage"), bool | None):
-        _must("stream_options.include_usage", "a boolean")
+    for name in ("include_usage", "include_events") if options else ():
+        if not isinstance(options.get(name), bool | None):
+            _must(f"stream_options.{name}", "a boolean")
     user = fields.get("user")
     user = user if isinstance(user, str) else ""  # Open WebUI sends an object
     if user and (len(user.encode()) > MAX_KEY or _CONTROL.search(user)):
         _refuse("user", f"`user` must have at most {MAX_KEY} bytes and no control characters.")
-    return user, options.get("include_usage") is True
+    return user, options.get("include_usage") is True, options.get("include_events") is True
 
 
 def parse_messages(messages: object) -> tuple[str, list[dict[str, Any]], str]:
@@ -525,13 +532,14 @@ class EventStream:
     The first ones wait for the first word, so that a run that fails before it is answered with a real status.
     """
 
-    __slots__ = ("_begun", "_clock", "_include_usage", "_last", "_send", "_start", "_unsent")
+    __slots__ = ("_begun", "_clock", "_events", "_include_usage", "_last", "_send", "_start", "_unsent")
 
     def __init__(
         self,
         run_id: str,
         model: str,
         include_usage: bool,
+        include_events: bool,
         send: Callable[[bytes, bool], bool],
         unsent: Callable[[], int],
         clock: Callable[[], float],
@@ -541,6 +549,7 @@ class EventStream:
             f'data: {{"id":"{run_id}","object":"chat.completion.chunk","created":{int(time.time())},'
             f'"model":{encode_basestring_ascii(model or DEFAULT_MODEL)},"choices":['
         )
+        self._events = count() if include_events else None
         self._begun = False
         self._last = clock()  # when something was sent
 
@@ -563,6 +572,8 @@ class EventStream:
             delta = f'"tool_calls":{json.dumps(data)}'
         elif kind == "logprobs":  # those of the words before it
             delta, more = "", _logprobs([data])
+        elif kind == "tool" and self._events is not None:  # numbered, as SDKs put the lists of deltas together by it
+            delta = f'"copepod_events":[{{"index":{next(self._events)},"tool":{json.dumps(data)}}}]'
         else:
             return not self._begun and self._write(b"")
         chunk = f'{self._start}{{"index":0,"delta":{{{delta}}},{more}"finish_reason":null}}]}}\n\n'

@@ -684,7 +684,8 @@ class Gateway:
             run = self.accept(house, target, call.message, call.messages, call.system, call.params, ids, caller=caller)
             if call.stream:
                 unsent = c.transport.get_write_buffer_size
-                stream = chat.EventStream(run.id, call.model, call.include_usage, Stream(x).send, unsent, now)
+                asked = (call.model, call.include_usage, call.include_events)
+                stream = chat.EventStream(run.id, *asked, Stream(x).send, unsent, now)
                 c.on_tick = stream.tick
                 kind, data = await self.runs.drive(run, stream.take, c.drain)
                 full = stream.end(kind, data, run.usage)

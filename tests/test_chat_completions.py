@@ -246,7 +246,7 @@ def test_a_right_type_is_taken(name: str, kind: str) -> None:
 
 
 def test_defaults() -> None:
-    assert parse() == ChatRequest("", "", False, False, "", [USER], "hi", {}, {}, False)
+    assert parse() == ChatRequest("", "", False, False, False, "", [USER], "hi", {}, {}, False)
     assert parse(unknown=[1, {"x": None}], store=True) == parse()
 
 
@@ -290,18 +290,15 @@ def test_bad_n(value: Any) -> None:
     assert "`n` must be 1" in error.message
 
 
-@pytest.mark.parametrize(("value", "expected"), [({}, False), ({"include_usage": None}, False)] + [
-    ({"include_usage": flag, "x": 1}, flag) for flag in (True, False)
-])  # fmt: skip
-def test_stream_options(value: Any, expected: bool) -> None:
-    assert parse(stream=True, stream_options=value).include_usage is expected
-
-
-@pytest.mark.parametrize("value", [0, 1, "true", [], {}])
-def test_bad_include_usage(value: Any) -> None:
-    error = refused(json.dumps({"messages": [USER], "stream_options": {"include_usage": value}}).encode())
-    assert error.param == "stream_options.include_usage"
-    assert "`stream_options.include_usage` must be a boolean" in error.message
+@pytest.mark.parametrize("name", ["include_usage", "include_events"])
+def test_stream_options(name: str) -> None:
+    others = parse(stream=True)
+    for value, expected in (({}, False), ({name: None}, False), ({name: False}, False), ({name: True, "x": 1}, True)):
+        assert parse(stream=True, stream_options=value) == others._replace(**{name: expected})
+    for bad in (0, 1, "true", [], {}):
+        error = refused(json.dumps({"messages": [USER], "stream_options": {name: bad}}).encode())
+        assert error.param == f"stream_options.{name}"
+        assert f"`stream_options.{name}` must be a boolean" in error.message
 
 
 @pytest.mark.parametrize(
@@ -722,12 +719,14 @@ def test_usage(usage: Mapping[str, int], expected: Mapping[str, int]) -> None:
 class Output:
     """A stream and what it sent."""
 
-    def __init__(self, model: str = "gpt-4o", include_usage: bool = False, slow: bool = False) -> None:
+    def __init__(
+        self, model: str = "gpt-4o", include_usage: bool = False, slow: bool = False, include_events: bool = False
+    ) -> None:
         self.sent: list[tuple[bytes, bool]] = []
         self.slow, self.now, self.unsent = slow, 100.0, 0
-        call = parse(model=model, stream=True, stream_options={"include_usage": include_usage})
+        call = parse(model=model)
         unsent, clock = lambda: self.unsent, lambda: self.now
-        self.stream = EventStream(RUN_ID, call.model, call.include_usage, self.send, unsent, clock)
+        self.stream = EventStream(RUN_ID, call.model, include_usage, include_events, self.send, unsent, clock)
 
     def send(self, data: bytes, last: bool) -> bool:
         self.sent.append((data, last))
@@ -830,9 +829,23 @@ def test_stream_begins_with_a_tool() -> None:
     assert len(out.sent) == 1
 
 
+def test_stream_with_events() -> None:
+    out = Output(include_events=True)
+    out.stream.take("tool", {"name": "look", "at": ["\u2028", {"index": 7}]})
+    out.stream.take("delta", "x")
+    out.stream.take("tool", {})
+    out.stream.end("end", "stop", {})
+    told = [{"index": 0, "tool": {"name": "look", "at": ["\u2028", {"index": 7}]}}]
+    deltas = [ROLE["delta"], {"copepod_events": told}, {"content": "x"}, {"copepod_events": [{"index": 1, "tool": {}}]}]
+    assert [chunk["choices"][0]["delta"] for chunk in out.chunks()] == [*deltas, {}]
+    assert [chunk["choices"][0]["finish_reason"] for chunk in out.chunks()] == [None] * 4 + ["stop"]
+    assert len(out.sent) == 4  # the head goes out with the first
+
+
 def test_stream_tells_of_a_slow_reader() -> None:
-    out = Output(slow=True)
+    out = Output(slow=True, include_events=True)
     assert out.stream.take("delta", "x")
+    assert out.stream.take("tool", {})
     assert out.stream.end("end", "stop", {})
 
 

@@ -26,7 +26,18 @@ async def fails(message: str) -> AsyncIterator[str]:
     yield ""
 
 
-AGENTS = {"main": words, "breaks": breaks, "fails": fails, "endless": endless}
+async def looks(message: str) -> AsyncIterator[str | dict[str, Any]]:
+    """Tell of what it does, in values that would be one text, one sum and one list if they were put together."""
+    for phase in ("start", "end"):
+        yield {"tool": {"name": "look", "phase": phase, "seconds": 1, "found": [{"at": phase}]}}
+    yield "seen"
+
+
+TOLD = [
+    {"index": n, "tool": {"name": "look", "phase": phase, "seconds": 1, "found": [{"at": phase}]}}
+    for n, phase in enumerate(("start", "end"))
+]
+AGENTS = {"main": words, "looks": looks, "breaks": breaks, "fails": fails, "endless": endless}
 
 
 @pytest.fixture
@@ -75,6 +86,20 @@ def test_a_stream_with_its_usage(client: Any) -> None:
 def test_the_stream_helper(client: Any) -> None:
     with client.chat.completions.stream(model="copepod:main", messages=HELLO) as stream:
         assert stream.get_final_completion().choices[0].message.content == "one two three "
+
+
+def test_what_an_agent_does(client: Any) -> None:
+    asked = {"model": "copepod:looks", "messages": HELLO, "stream_options": {"include_events": True}}
+    with client.chat.completions.create(**asked, stream=True) as stream:
+        deltas = [chunk.choices[0].delta for chunk in stream]
+    told = [event for delta in deltas for event in (delta.model_extra or {}).get("copepod_events", ())]
+    assert told == TOLD
+    assert "".join(delta.content or "" for delta in deltas) == "seen"
+    with client.chat.completions.stream(**asked) as stream:  # it puts the deltas together
+        message = stream.get_final_completion().choices[0].message
+    assert (message.content, message.copepod_events) == ("seen", TOLD)
+    with client.chat.completions.create(model="copepod:looks", messages=HELLO, stream=True) as stream:
+        assert not [chunk for chunk in stream if chunk.choices[0].delta.model_extra]
 
 
 def test_a_wrong_key(client: Any) -> None:

@@ -42,7 +42,7 @@ sound = st.fixed_dictionaries(
     {"messages": st.lists(entries, max_size=3).map(lambda entries: [*entries, {"role": "user", "content": "hi"}])},
     optional={
         **{name: st.none() | st.one_of([VALUES[kind] for kind in kinds]) for name, (kinds, _) in chat._FIELDS.items()},
-        "stream_options": st.fixed_dictionaries({"include_usage": st.booleans()}),
+        "stream_options": st.fixed_dictionaries({"include_usage": st.booleans(), "include_events": st.booleans()}),
         "user": st.text(max_size=9) | OBJECTS,
         "n": st.sampled_from([1, 1.0, None]),
     },
@@ -156,15 +156,19 @@ def test_any_caller_is_sent_somewhere(model: str, user: str, fields: dict[str, s
 
 @given(st.text(max_size=20), st.lists(SCALARS, max_size=2))
 def test_any_text_is_told_in_ascii(text: str, rest: list[Any]) -> None:
-    call = chat.ChatRequest(text, "", True, True, "", [], "", {}, {}, False)
+    call = chat.ChatRequest(text, "", True, True, True, "", [], "", {}, {}, False)
     sent: list[bytes] = []
     send = lambda data, last: bool(sent.append(data))  # noqa: E731
-    stream = chat.EventStream("id", call.model, call.include_usage, send, lambda: 0, lambda: 0.0)
+    asked = (call.model, call.include_usage, call.include_events)
+    stream = chat.EventStream("id", *asked, send, lambda: 0, lambda: 0.0)
     stream.take("delta", text)
+    stream.take("tool", {text: text})
     stream.end("end", "stop", {})
     events = b"".join(sent).decode("ascii").split("\n\n")
     assert events[-2:] == ["data: [DONE]", ""]
     chunks = [json.loads(event.removeprefix("data: ")) for event in events[:-2]]
     assert "".join(c["choices"][0]["delta"].get("content", "") for c in chunks if c["choices"]) == text
+    told = [event for c in chunks if c["choices"] for event in c["choices"][0]["delta"].get("copepod_events", ())]
+    assert told == [{"index": 0, "tool": {text: text}}]
     whole = json.loads(chat.completion("id", call, text, "stop", {}))
     assert whole["choices"][0]["message"]["content"] == text
