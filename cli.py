@@ -21,6 +21,7 @@ PROGRAM = "copepod"
 MAX_STDIN_BYTES = 1 << 20  # a message is no longer than the body of a request
 MAX_SECONDS = 604800  # a week, as in the configuration
 QUIET_SECONDS = 2.0  # without a word, then the seconds are shown
+MAX_NOTE = 200  # characters of what an agent tells of its doing, in a line
 LOG_SECONDS = 0.1  # how long a line of the access log may wait for others
 CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # but tab and line feed
 INTERRUPTED = 130  # what a shell reports of a program that SIGINT ended
@@ -174,15 +175,24 @@ def say_ready(url: str, chat_completions: bool, mode: str) -> None:
     sys.stdout.flush()
 
 
+def _note(doing: Mapping[str, Any]) -> str:
+    """One line of what an agent tells of its doing, for a terminal."""
+    texts = {name: it if isinstance(it, str) else json.dumps(it, ensure_ascii=False) for name, it in doing.items()}
+    line = " ".join(CONTROLS.sub("\ufffd", ", ".join(f"{name}: {text}" for name, text in texts.items())).split())
+    return f"[{line if len(line) <= MAX_NOTE else line[:MAX_NOTE] + '...'}]"
+
+
 class Answer:
     """Prints an answer's words as they come, or its last payload as JSON; for `with`, in a running loop.
 
-    While none come, a terminal's stderr shows the seconds since the start, behind the words, and they are erased again.
+    A terminal's stderr shows what the agent does, a line for each of its events, and while nothing comes, the seconds
+    since the start, behind the words, where they are erased again.
     """
 
     def __init__(self, as_json: bool) -> None:
         self._as_json = as_json
         self._said: list[str] = []
+        self._amid = False  # a line of the terminal
         self._shown = ""
         self._timer: TimerHandle | None = None
         self._started = self._heard = time.monotonic()
@@ -199,13 +209,19 @@ class Answer:
         self._end_line()
 
     def take(self, kind: str, data: Any) -> bool:
-        """Print the words of a "delta"; never slow (False)."""
+        """Print the words of a "delta", and of a "tool" what it tells, for who looks; never slow (False)."""
         if kind == "delta" and data:
             self._heard = time.monotonic()
             self._show("")
             if not self._as_json:
                 self._said.append(data)
+                self._amid = not data.endswith("\n") and sys.stdout.isatty()
                 print(_plain(data, sys.stdout), end="", flush=True)
+        elif kind == "tool" and sys.stderr.isatty():
+            self._heard = time.monotonic()
+            self._show("")
+            print("\n" * self._amid + _note(data), file=sys.stderr, flush=True)
+            self._amid = False
         return False
 
     def end(self, payload: Any) -> int:

@@ -111,12 +111,14 @@ class Fanout:
         elif kind == "start":
             self._agent(watch, "lifecycle", {"phase": "start", "startedAt": _ms()})
         elif kind == "tool":
-            self._tell_words(watch, last=True)
+            watch.agent_next = float("-inf")  # the words that came before it are told before it
+            self._tell_words(watch)
             self._agent(watch, "tool", data)
         elif kind in ("end", "error"):
             self._tell_words(watch, last=True)
             self._end(watch, None if kind == "end" else data)
             del self._watches[run]
+        # The rest (thoughts, calls of a client's tools, logprobs) is for that client: the protocol has no stream of it.
 
     def _tell_words(self, watch: _Watch, last: bool = False) -> None:
         """Tell of the words that wait, each where it is time for it; the rest by a timer. `last`: all, and no timer."""

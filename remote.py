@@ -167,7 +167,9 @@ class Remote:
             raise RemoteError(f"no answer to {method} within {seconds:g} s: wait longer with --timeout") from None
 
     async def run(self, params: Mapping[str, Any], take: Callable[[str, Any], object]) -> Any:
-        """Run a turn with these parameters of `agent`, hand over its words as "delta", and return the last payload.
+        """Run a turn with these parameters of `agent`, hand over "delta", its words, and "tool", the agent's doings.
+
+        Returns the last payload.
 
         Where the caller is cancelled, or nobody reads the words any more (OSError of `take`), the run is ended.
         """
@@ -182,9 +184,11 @@ class Remote:
             nonlocal session
             if event == "agent" and _at(payload, "runId") == run_id:
                 session = _at(payload, "sessionKey") or session
-                delta = _at(payload, "data", "delta") if _at(payload, "stream") == "assistant" else None
-                if isinstance(delta, str):
+                stream, data = _at(payload, "stream"), _at(payload, "data")
+                if stream == "assistant" and isinstance(delta := _at(data, "delta"), str):
                     take("delta", delta)
+                elif stream == "tool" and isinstance(data, dict):
+                    take("tool", data)
 
         params = {**params, "idempotencyKey": run_id, "deliver": False}
         try:

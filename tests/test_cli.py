@@ -292,16 +292,66 @@ def test_the_line_ends_when_the_answer_breaks_off(capsys: pytest.CaptureFixture[
     assert capsys.readouterr() == ("half\n", "")
 
 
-def test_a_terminal_is_commanded_by_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
 
+
+def test_a_terminal_is_commanded_by_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     words = "a\x1b]0;owned\x07b\tc\x9b2J\n"
     for terminal, shown in ((Terminal(), "a\ufffd]0;owned\ufffdb\tc\ufffd2J\n"), (io.StringIO(), words)):
         monkeypatch.setattr(sys, "stdout", terminal)
         cli.Answer(False).take("delta", words)
         assert terminal.getvalue() == shown
+
+
+DOING = {"name": "look", "args": {"at": ["ü", 7]}, "phase": "start"}
+
+
+@pytest.mark.parametrize(
+    ("doing", "shown"),
+    [
+        (DOING, '[name: look, args: {"at": ["ü", 7]}, phase: start]'),
+        ({"status": "one\r\ntwo\u2028\tthree"}, "[status: one\ufffd two three]"),
+        ({"a\x1b[2J": "\x9b2J\x07", "b": ["\x1b", "\x9b"]}, '[a\ufffd[2J: \ufffd2J\ufffd, b: ["\\u001b", "\ufffd"]]'),
+        ({"text": "x" * 194}, f"[text: {'x' * 194}]"),
+        ({"text": "x" * 195}, f"[text: {'x' * 194}...]"),
+        ({}, "[]"),
+    ],
+)
+def test_what_an_agent_does_is_a_line_on_the_terminal(
+    doing: dict[str, Any], shown: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    cli.Answer(False).take("tool", doing)
+    assert terminal.getvalue() == f"{shown}\n"
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("as_json", "shown", "both"),
+    [
+        (False, "[n: 1]\n[n: 2]\n[n: 3]\n[n: 4]\n", "[n: 1]\na\n[n: 2]\n[n: 3]\nb\n[n: 4]\nc\n"),
+        (True, "[n: 1]\n[n: 2]\n[n: 3]\n[n: 4]\n", "[n: 1]\n[n: 2]\n[n: 3]\n[n: 4]\n"),
+    ],
+)
+def test_what_an_agent_does_is_never_in_its_answer(
+    as_json: bool, shown: str, both: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = Terminal()
+    for out, err in ((io.StringIO(), Terminal()), (io.StringIO(), io.StringIO()), (one, one)):
+        monkeypatch.setattr(sys, "stdout", out)
+        monkeypatch.setattr(sys, "stderr", err)
+        answer = cli.Answer(as_json)
+        for kind, data in (("tool", 1), ("delta", "a"), ("tool", 2), ("tool", 3), ("delta", "b\n"), ("tool", 4)):
+            answer.take(kind, {"n": data} if kind == "tool" else data)
+        answer.take("delta", "c\n")
+        if out is one:
+            assert one.getvalue() == both
+        else:
+            assert out.getvalue() == ("" if as_json else "ab\nc\n")
+            assert err.getvalue() == (shown if err.isatty() else "")
 
 
 class Screen(io.StringIO):

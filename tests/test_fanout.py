@@ -96,6 +96,45 @@ def test_words_are_joined_in_time() -> None:
     run(main())
 
 
+def test_words_before_a_tool_are_told_before_it() -> None:
+    """And those that read `chat` alone need not wait for the words that come after it."""
+
+    async def main() -> None:
+        stage = Stage()
+        stage.fanout.join(stage.member)
+        stage.tell("tool", {"name": "t"})
+        stage.tell("delta", "a")
+        stage.tell("delta", "b")
+        stage.take()
+        stage.tell("tool", {"name": "t"})
+        stage.tell("tool", {"name": "u"})
+        assert stage.take() == [
+            ("agent", "assistant", "b"),
+            ("agent", "tool", {"name": "t"}),
+            ("agent", "tool", {"name": "u"}),
+        ]
+        stage.now = 0.2
+        stage.more.clear()
+        await within(stage.more.wait())
+        assert stage.take() == [("chat", "delta", "ab")]
+        stage.tell(*END)
+
+    run(main())
+
+
+def test_what_is_for_the_client_alone() -> None:
+    stage = Stage()
+    stage.fanout.join(stage.member)
+    stage.tell("start")
+    stage.take()
+    calls = [{"index": 0, "id": "c", "function": {"name": "look", "arguments": "{}"}}]
+    for kind, data in (("reasoning", "hm"), ("tool_calls", calls), ("logprobs", {}), ("usage", {})):
+        stage.tell(kind, data)
+    assert stage.take() == []
+    stage.tell("end", "tool_calls")
+    assert stage.take() == [("agent", "lifecycle", "end"), ("chat", "final", None)]
+
+
 @pytest.mark.parametrize(
     ("error", "heard"),
     [

@@ -16,7 +16,7 @@ import pytest
 import control
 import gateway
 import rfc6455
-from live import BOUND, KEY, Client, ask, run, serving, stream, text_of, within
+from live import BOUND, KEY, Client, ask, data_of, run, serving, stream, text_of, within
 from peer import CLIENT, PASSWORD, SESAME, SMALL, TOKEN, Peer, connected, opened, params_of
 from upstream import Upstream, answers, says
 
@@ -1391,6 +1391,33 @@ def test_http_runs_are_seen(streamed: bool, user: str) -> None:
                 assert key == "agent:main:openai-user:ann" if user else key.startswith("agent:main:openai:")
                 await watcher.ask("health")
                 check_events(watcher, id, key, "one two three")
+
+    run(main())
+
+
+def test_what_an_agent_does_is_seen_by_all() -> None:
+    """By who asked, in its stream, and by who watches, in one order with the words."""
+    told = [{"name": "look", "phase": phase} for phase in ("start", "end")]
+
+    async def looks(message: str) -> AsyncIterator[str | dict[str, Any]]:
+        yield "I look. "
+        yield "Now. "
+        for doing in told:
+            yield {"tool": doing}
+        yield "I saw."
+
+    async def main() -> None:
+        async with serving({}, {"main": looks}) as hub, connected(hub) as peer:
+            _, events = await stream(hub, stream_options={"include_events": True})
+            deltas = [chunk["choices"][0]["delta"] for chunk in data_of(events)]
+            words = [{"content": text} for text in ("I look. ", "Now. ", "I saw.")]
+            doings = [{"copepod_events": [{"index": n, "tool": doing}]} for n, doing in enumerate(told)]
+            assert deltas == [{"role": "assistant", "content": ""}, *words[:2], *doings, words[2], {}]
+            await peer.event("chat", state="final")
+            seen = [(each["stream"], each["data"]) for each in peer.events("agent")]
+            assert [data for name, data in seen if name == "tool"] == told
+            before = [data["delta"] for name, data in seen[: seen.index(("tool", told[0]))] if name == "assistant"]
+            assert "".join(before) == "I look. Now. "
 
     run(main())
 

@@ -442,14 +442,17 @@ def test_a_run() -> None:
         await host.words("a ", "b")
         await host.words("no words", stream="lifecycle")
         await host.words("no text", data={"text": "a b"})
+        await host.words("a doing", stream="tool", data={"name": "look", "delta": 1})
+        await host.words("no object", stream="tool", data=["x"])
         await host.event("chat", runId=params["idempotencyKey"], state="delta")
         await host.answer({"status": "ok", "n": 1})
 
     async def main() -> None:
-        words: list[tuple[str, Any]] = []
+        told: list[tuple[str, Any]] = []
         async with playing(script) as address, calling(address) as there:
-            payload = await there.run({"message": "hi"}, lambda *word: words.append(word))
-        assert (payload, words) == ({"status": "ok", "n": 1}, [("delta", "a "), ("delta", "b")])
+            payload = await there.run({"message": "hi"}, lambda *event: told.append(event))
+        assert payload == {"status": "ok", "n": 1}
+        assert told == [("delta", "a "), ("delta", "b"), ("tool", {"name": "look", "delta": 1})]
 
     run(main())
 
@@ -733,6 +736,36 @@ def test_a_long_run_shows_life_on_a_terminal(tmp_path: Path) -> None:
                     assert output == b"begun and done\n"
                     assert shown.startswith((b"[2 s]\b\b\b\b\b", b"[3 s]\b\b\b\b\b"))
                     assert shown.endswith(b"     \b\b\b\b\b")
+        finally:
+            os.close(ours)
+            os.close(theirs)
+
+    run(main())
+
+
+LOOKS = """
+async def looks(message):
+    yield {"tool": {"name": "look", "at": message}}
+    yield "seen"
+"""
+
+
+@pytest.mark.parametrize("way", ["there", "here"])
+def test_what_an_agent_does_is_told_on_a_terminal(way: str, tmp_path: Path) -> None:
+    (tmp_path / "looking.py").write_text(LOOKS)
+    made: dict[str, Any] = {}
+    exec(LOOKS, made)  # noqa: S102
+    entry = ["models.providers.mine.api=python", "models.providers.mine.entry=looking:looks"]
+    local = ["--local", *(word for each in [*entry, "agents.defaults.model=mine/"] for word in ("--set", each))]
+
+    async def main() -> None:
+        ours, theirs = pty.openpty()
+        try:
+            async with serving(agents={"main": made["looks"]}) as hub:
+                argv = ["agent", "--message", "sea", *(local if way == "here" else [])]
+                async with started(hub, tmp_path, *argv, stderr=theirs) as process:
+                    assert (await within(process.communicate()))[0] == b"seen\n"
+                    assert os.read(ours, 1000) == b"[name: look, at: sea]\r\n"
         finally:
             os.close(ours)
             os.close(theirs)
