@@ -327,8 +327,9 @@ def test_leaving_while_the_gateway_waits_for_its_reader(leave: str) -> None:
     assert run(main()) <= SECONDS
 
 
-def test_half_closed_client_that_stops_reading(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What it would not take does not keep its connection open for ever."""
+@pytest.mark.parametrize("item", ["x" * 60_000, {"tool": {"seen": "x" * 60_000}}], ids=["words", "events"])
+def test_half_closed_client_that_stops_reading(item: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it would not take does not keep its connection open for ever, nor is it kept."""
     monkeypatch.setattr(gateway, "SWEEP_SECONDS", 0.02)
 
     def files() -> int:
@@ -337,10 +338,10 @@ def test_half_closed_client_that_stops_reading(monkeypatch: pytest.MonkeyPatch) 
     async def main() -> None:
         ended = asyncio.Event()
 
-        async def agent(message: str) -> AsyncIterator[str]:
+        async def agent(message: str) -> AsyncIterator[Any]:
             try:
                 while True:
-                    yield "x" * 60_000
+                    yield item
             finally:
                 ended.set()
 
@@ -350,7 +351,7 @@ def test_half_closed_client_that_stops_reading(monkeypatch: pytest.MonkeyPatch) 
                 client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65_536)
                 client.setblocking(False)
                 await asyncio.get_running_loop().sock_connect(client, ("127.0.0.1", hub.port))
-                body = chat(stream=True)
+                body = chat(stream=True, stream_options={"include_events": True})
                 head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
                 client.sendall(head.encode() + body)
                 client.shutdown(socket.SHUT_WR)
