@@ -84,7 +84,6 @@ _OURS = {
 }  # fmt: skip
 ROLES = ("user", "assistant", "tool", "function")  # of a conversation's messages
 _CLOSER = frozenset({"n", "stop", "stream_options", "tools", "user"})  # of these, a type does not say enough
-_NOTHING_CLOSER = ("", False, False)
 _JSON = {type(None): "null", bool: "a boolean", int: "a number", float: "a number", str: "a string", list: "an array"}
 
 
@@ -185,7 +184,7 @@ def parse_request(body: bytes) -> ChatRequest:
                 _must(name, known[1])
             if name not in _OURS:
                 params[name] = value
-    user, usage, events = _NOTHING_CLOSER if _CLOSER.isdisjoint(fields) else _look_closer(fields)
+    user, usage, events = ("", False, False) if _CLOSER.isdisjoint(fields) else _look_closer(fields)
     system, messages, message = parse_messages(fields.get("messages"))
     stream = fields.get("stream") is True
     tools = _NO_TOOLS
@@ -220,9 +219,14 @@ def _look_closer(fields: Mapping[str, Any]) -> tuple[str, bool, bool]:
             _must(f"stream_options.{name}", "a boolean")
     user = fields.get("user")
     user = user if isinstance(user, str) else ""  # Open WebUI sends an object
-    if user and (len(user.encode()) > MAX_KEY or _CONTROL.search(user)):
-        _refuse("user", f"`user` must have at most {MAX_KEY} bytes and no control characters.")
+    _check_key(user, "`user`", "user")
     return user, options.get("include_usage") is True, options.get("include_events") is True
+
+
+def _check_key(key: str, what: str, param: str | None = None) -> None:
+    """Let a text pass that is to be a session's key, or the end of one. APIError: 400 says what it is."""
+    if len(key.encode()) > MAX_KEY or _CONTROL.search(key):
+        _refuse(param, f"{what} must have at most {MAX_KEY} bytes and no control characters.")
 
 
 def parse_messages(messages: object) -> tuple[str, list[dict[str, Any]], str]:
@@ -432,8 +436,7 @@ class Directory:
             if user and self._by_user:
                 return Target(agent_id, f"agent:{agent_id}:openai-user:{user}", True)
             return Target(agent_id, f"agent:{agent_id}:openai:{uuid}", False)
-        if len(key.encode()) > MAX_KEY or _CONTROL.search(key):
-            raise APIError(400, f"A session key has at most {MAX_KEY} bytes and no control characters.")
+        _check_key(key, "A session key")
         parts = key.split(":", 2)
         if len(parts) == 3 and parts[0] == "agent":
             named = self.agent(parts[1])
@@ -446,8 +449,7 @@ class Directory:
         """Return the conversation's id, of the first field that has one; "" where none has. APIError: 400."""
         for name in self._chat_fields:
             if chat := text_of(fields.get(name, "")):
-                if len(chat.encode()) > MAX_KEY or _CONTROL.search(chat):
-                    raise APIError(400, f"The field {name} has at most {MAX_KEY} bytes and no control characters.")
+                _check_key(chat, f"The field {name}")
                 return chat
         return ""
 

@@ -177,9 +177,9 @@ def say_ready(url: str, chat_completions: bool, mode: str) -> None:
 
 def _note(doing: Mapping[str, Any]) -> str:
     """One line of what an agent tells of its doing, for a terminal."""
-    texts = {name: it if isinstance(it, str) else json.dumps(it, ensure_ascii=False) for name, it in doing.items()}
-    line = " ".join(CONTROLS.sub("\ufffd", ", ".join(f"{name}: {text}" for name, text in texts.items())).split())
-    return f"[{line if len(line) <= MAX_NOTE else line[:MAX_NOTE] + '...'}]"
+    told = ", ".join(f"{k}: {v if isinstance(v, str) else json.dumps(v, ensure_ascii=False)}" for k, v in doing.items())
+    line = " ".join(CONTROLS.sub("\ufffd", told).split())
+    return f"[{line[:MAX_NOTE]}{'...' * (len(line) > MAX_NOTE)}]"
 
 
 class Answer:

@@ -640,7 +640,7 @@ def test_no_field_names_a_conversation_where_none_is_configured() -> None:
 @pytest.mark.parametrize("value", ["k" * 513, "\xc3\xa9" * 257, "a\tb", "\x7f", "a\xc2\x85b"])
 def test_bad_id_of_a_conversation(value: str) -> None:
     directory = Directory(["helper"], "helper", BRANDS, CHATS)
-    with pytest.raises(APIError, match="The field x-openwebui-chat-id has at most 512 bytes and no control") as error:
+    with pytest.raises(APIError, match="The field x-openwebui-chat-id must have at most 512 bytes and no") as error:
         directory.resolve("", "Bob", {"x-openwebui-chat-id": value, "x-chat": "1"}, "u")
     assert (error.value.status, error.value.type) == (400, "invalid_request_error")
 
