@@ -1,4 +1,4 @@
-"""OpenAI's Chat Completions on the wire: bytes to a request, a run's outcome to JSON, its events to event-stream bytes.
+"""OpenAI's Chat Completions, the request: bytes to a call, which agent and which session it means, what is refused.
 
 Fields and shapes are those of https://platform.openai.com/docs/api-reference/chat.
 """
@@ -7,23 +7,13 @@ from __future__ import annotations
 
 import json
 import re
-import time
-from collections.abc import Callable, Collection, Mapping, Sequence
-from itertools import count
-from json.encoder import encode_basestring_ascii
+from collections.abc import Collection, Mapping, Sequence
 from math import isinf
 from typing import Any, NamedTuple, NoReturn
 
 MAX_DEPTH = 128  # nesting of the request's JSON; the parser itself ends near the interpreter's recursion limit
 MAX_VALUES = 65_536  # in it: some 5 ms of the loop, which waits meanwhile; 10,000 messages have 30,000
 MAX_KEY = 512  # bytes of a session key, of `user`, and of a conversation's id
-
-HOLD_SECONDS = 5.0  # how long the head of a stream waits for the first word
-SILENCE_SECONDS = 15.0  # between two comments of a silent stream
-DEFAULT_MODEL = "copepod"  # what is answered to a call that names none
-
-DONE = b"data: [DONE]\n\n"
-KEEP_ALIVE = b": keep-alive\n\n"
 
 # How a run fails -> status, `type`, `code`.
 ERRORS: dict[str, tuple[int, str, str | None]] = {
@@ -486,131 +476,3 @@ def printable(value: str) -> str:
         return value
     raw = value.encode("utf-8", "replace")
     return _UNPRINTABLE.sub(lambda m: b"%%%02X" % m[0][0], raw).decode("ascii")
-
-
-def completion(
-    run_id: str,
-    call: ChatRequest,
-    text: str,
-    finish_reason: str,
-    usage: Mapping[str, int],
-    calls: Sequence[Mapping[str, Any]] = (),
-    reasoning: str = "",
-    logprobs: Sequence[Mapping[str, Any]] = (),
-) -> bytes:
-    """Return the whole answer, a `chat.completion` object with the run's id, as JSON."""
-    more = f',"reasoning_content":{encode_basestring_ascii(reasoning)}' if reasoning else ""
-    more += f',"tool_calls":{json.dumps(calls)}' if calls else ""
-    content = "null" if calls and not text else encode_basestring_ascii(text)
-    return (
-        f'{{"id":"{run_id}","object":"chat.completion","created":{int(time.time())},'
-        f'"model":{encode_basestring_ascii(call.model or DEFAULT_MODEL)},"choices":[{{"index":0,"message":'
-        f'{{"role":"assistant","content":{content}{more}}},{_logprobs(logprobs)}"finish_reason":"{finish_reason}"}}],'
-        f'"usage":{_usage(usage)}}}'
-    ).encode("ascii")
-
-
-def _logprobs(parts: Sequence[Mapping[str, Any]]) -> str:
-    """Return `logprobs` of a choice, with those of its deltas one behind the other, and a comma; "" without any."""
-    if not parts:
-        return ""
-    names = dict.fromkeys(name for part in parts for name in part)
-    whole = {name: [token for part in parts for token in part.get(name, ())] for name in names}
-    return f'"logprobs":{json.dumps(whole)},'
-
-
-def _usage(usage: Mapping[str, int]) -> str:
-    if not usage:
-        return '{"prompt_tokens":0,"completion_tokens":0,"total_tokens":0}'
-    prompt, answer = usage.get("prompt_tokens", 0), usage.get("completion_tokens", 0)
-    total = usage.get("total_tokens", prompt + answer)
-    return f'{{"prompt_tokens":{prompt},"completion_tokens":{answer},"total_tokens":{total}}}'
-
-
-class EventStream:
-    """The answer as `chat.completion.chunk` events; what is the same in all of them is encoded once.
-
-    `send(events, last)` writes some bytes, before the first ones the head; it returns True when the reader is slow.
-    The first ones wait for the first word, so that a run that fails before it is answered with a real status.
-    """
-
-    __slots__ = ("_begun", "_clock", "_events", "_include_usage", "_last", "_send", "_start", "_unsent")
-
-    def __init__(
-        self,
-        run_id: str,
-        model: str,
-        include_usage: bool,
-        include_events: bool,
-        send: Callable[[bytes, bool], bool],
-        unsent: Callable[[], int],
-        clock: Callable[[], float],
-    ) -> None:
-        self._send, self._unsent, self._clock, self._include_usage = send, unsent, clock, include_usage
-        self._start = (
-            f'data: {{"id":"{run_id}","object":"chat.completion.chunk","created":{int(time.time())},'
-            f'"model":{encode_basestring_ascii(model or DEFAULT_MODEL)},"choices":['
-        )
-        self._events = count() if include_events else None
-        self._begun = False
-        self._last = clock()  # when something was sent
-
-    def tick(self, now: float) -> None:
-        """Begin at last, or say that we are still here. To be called once a second."""
-        if not self._begun:
-            if now - self._last >= HOLD_SECONDS:
-                self._write(b"")
-        elif now - self._last >= SILENCE_SECONDS and not self._unsent():
-            self._write(KEEP_ALIVE)
-
-    def take(self, kind: str, data: Any) -> bool:
-        """Send what an event of the run is here: a delta, or that it has begun. True: the reader is slow."""
-        more = ""
-        if kind == "delta":  # ASCII, since some clients split lines at U+2028 and its like
-            delta = f'"content":{encode_basestring_ascii(data)}'
-        elif kind == "reasoning":  # DeepSeek's word for it; OpenAI has none
-            delta = f'"reasoning_content":{encode_basestring_ascii(data)}'
-        elif kind == "tool_calls":
-            delta = f'"tool_calls":{json.dumps(data)}'
-        elif kind == "logprobs":  # those of the words before it
-            delta, more = "", _logprobs([data])
-        elif kind == "tool" and self._events is not None:  # numbered, as SDKs put the lists of deltas together by it
-            delta = f'"copepod_events":[{{"index":{next(self._events)},"tool":{json.dumps(data)}}}]'
-        else:
-            return not self._begun and self._write(b"")
-        chunk = f'{self._start}{{"index":0,"delta":{{{delta}}},{more}"finish_reason":null}}]}}\n\n'
-        return self._write(chunk.encode())
-
-    def end(self, kind: str, data: Any, usage: Mapping[str, int]) -> bool:
-        """Send what the last event of the run is here. True: the reader is slow. APIError: it failed before a word."""
-        if kind == "error":
-            error = run_error(**data)
-            if not self._begun:
-                raise error
-            return self._write(b"data: " + error.body() + b"\n\n" + DONE, last=True)
-        finish = f'{self._start}{{"index":0,"delta":{{}},"finish_reason":"{data}"}}]}}\n\n'
-        if self._include_usage:
-            finish += f'{self._start}],"usage":{_usage(usage)}}}\n\n'
-        return self._write(finish.encode() + DONE, last=True)
-
-    def _write(self, events: bytes, last: bool = False) -> bool:
-        self._last = self._clock()
-        if not self._begun:
-            self._begun = True
-            role = '{"index":0,"delta":{"role":"assistant","content":""},"finish_reason":null}]}\n\n'
-            events = (self._start + role).encode() + events
-        return self._send(events, last)
-
-
-def model_list(agents: Sequence[str], created: int) -> bytes:
-    """Return the answer of `GET /v1/models`: one model per agent."""
-    return json.dumps({"object": "list", "data": [_model(agent, created) for agent in agents]}).encode("ascii")
-
-
-def model_object(agent: str, created: int) -> bytes:
-    """Return the answer of `GET /v1/models/{id}`."""
-    return json.dumps(_model(agent, created)).encode("ascii")
-
-
-def _model(agent: str, created: int) -> dict[str, object]:
-    return {"id": f"copepod:{agent}", "object": "model", "created": created, "owned_by": "copepod"}

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 if TYPE_CHECKING or not __package__:  # a checkout: the files lie beside this one
     import anthropic_messages
     import auth
+    import chat_answers
     import chat_completions as chat
     import cli
     import commands
@@ -50,6 +51,7 @@ else:  # installed or vendored: they are modules of this package
     from . import (
         anthropic_messages,
         auth,
+        chat_answers,
         cli,
         commands,
         control,
@@ -657,12 +659,12 @@ class Gateway:
 
     def _models(self, x: Exchange, path: str, directory: chat.Directory) -> None:
         if path == "/v1/models":
-            x.send(200, chat.model_list(list(directory.agents), self.created))
+            x.send(200, chat_answers.model_list(list(directory.agents), self.created))
             return
         from urllib.parse import unquote
 
         agent = directory.by_alias(unquote(path.removeprefix("/v1/models/")))
-        x.send(200, chat.model_object(agent, self.created))
+        x.send(200, chat_answers.model_object(agent, self.created))
 
     async def _chat(self, x: Exchange, request: http1.Request, house: House, caller: auth.Caller) -> None:
         if request.fields.get("content-encoding", "identity").lower() not in ("", "identity"):
@@ -685,10 +687,10 @@ class Gateway:
             if call.stream:
                 unsent = c.transport.get_write_buffer_size
                 asked = (call.model, call.include_usage, call.include_events)
-                stream = chat.EventStream(run.id, *asked, Stream(x).send, unsent, now)
+                stream = chat_answers.EventStream(run.id, *asked, Stream(x).send, unsent, now)
                 c.on_tick = stream.tick
                 kind, data = await self.runs.drive(run, stream.take, c.drain)
-                full = stream.end(kind, data, run.usage)
+                full = stream.fail(chat.run_error(**data)) if kind == "error" else stream.end(data, run.usage)
             else:
                 kind, data = await self.runs.drive(run)
                 full = self._complete(x, call, run, kind, data)
@@ -707,7 +709,7 @@ class Gateway:
         if run.lost:
             x.fields.append(("x-copepod-store", "failed"))
         more = (runs.joined(run.calls), "".join(run.thoughts), run.logprobs)
-        return x.send(200, chat.completion(run.id, call, "".join(run.answer), data, run.usage, *more))
+        return x.send(200, chat_answers.completion(run.id, call.model, "".join(run.answer), data, run.usage, *more))
 
     def accept(
         self,

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
+import chat_answers
 import chat_completions
 import exchange
 import gateway
@@ -428,7 +429,7 @@ def test_bug_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("where", ["take", "end"])
 def test_bug_of_ours_behind_the_first_word(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Half an answer does not look like a whole one."""
-    right = getattr(chat_completions.EventStream, where)
+    right = getattr(chat_answers.EventStream, where)
 
     def fail(self: Any, *event: Any) -> bool:
         if where == "take":
@@ -436,7 +437,7 @@ def test_bug_of_ours_behind_the_first_word(where: str, monkeypatch: pytest.Monke
         raise KeyError("a secret of the inside")
 
     async def main() -> None:
-        monkeypatch.setattr(chat_completions.EventStream, where, fail)
+        monkeypatch.setattr(chat_answers.EventStream, where, fail)
         async with serving() as hub, await Client.open(hub.port) as client:
             client.say(stream=True)
             assert (await client.head())[0] == 200

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-import chat_completions
+import chat_answers
 import config
 import connection
 import gateway
@@ -715,7 +715,7 @@ def test_a_word_goes_out_when_it_comes() -> None:
 
 def test_the_head_does_not_wait_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     """What fails before its first word is a real status, unless that takes too long: then 200, and an error event."""
-    monkeypatch.setattr(chat_completions, "HOLD_SECONDS", 0.05)
+    monkeypatch.setattr(chat_answers, "HOLD_SECONDS", 0.05)
     monkeypatch.setattr(gateway, "SWEEP_SECONDS", 0.02)
 
     async def main() -> None:
@@ -736,7 +736,7 @@ def test_the_head_does_not_wait_for_ever(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_comments_in_silence(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chat_completions, "SILENCE_SECONDS", 0.05)
+    monkeypatch.setattr(chat_answers, "SILENCE_SECONDS", 0.05)
     monkeypatch.setattr(gateway, "SWEEP_SECONDS", 0.02)
 
     async def main() -> None:

@@ -12,6 +12,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from strategies import JSON, KEYS, OBJECTS, SCALARS, mutated, tries
 
+import chat_answers
 import chat_completions as chat
 import http1
 
@@ -156,19 +157,17 @@ def test_any_caller_is_sent_somewhere(model: str, user: str, fields: dict[str, s
 
 @given(st.text(max_size=20), st.lists(SCALARS, max_size=2))
 def test_any_text_is_told_in_ascii(text: str, rest: list[Any]) -> None:
-    call = chat.ChatRequest(text, "", True, True, True, "", [], "", {}, {}, False)
     sent: list[bytes] = []
     send = lambda data, last: bool(sent.append(data))  # noqa: E731
-    asked = (call.model, call.include_usage, call.include_events)
-    stream = chat.EventStream("id", *asked, send, lambda: 0, lambda: 0.0)
+    stream = chat_answers.EventStream("id", text, True, True, send, lambda: 0, lambda: 0.0)
     stream.take("delta", text)
     stream.take("tool", {text: text})
-    stream.end("end", "stop", {})
+    stream.end("stop", {})
     events = b"".join(sent).decode("ascii").split("\n\n")
     assert events[-2:] == ["data: [DONE]", ""]
     chunks = [json.loads(event.removeprefix("data: ")) for event in events[:-2]]
     assert "".join(c["choices"][0]["delta"].get("content", "") for c in chunks if c["choices"]) == text
     told = [event for c in chunks if c["choices"] for event in c["choices"][0]["delta"].get("copepod_events", ())]
     assert told == [{"index": 0, "tool": {text: text}}]
-    whole = json.loads(chat.completion("id", call, text, "stop", {}))
+    whole = json.loads(chat_answers.completion("id", text, text, "stop", {}))
     assert whole["choices"][0]["message"]["content"] == text
