@@ -119,20 +119,23 @@ def wheels(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Environment:
-    """A fresh virtual environment whose pip knows `wheels` alone."""
+    """A fresh virtual environment; the pip that installs into it is ours, and knows `wheels` alone."""
 
     def __init__(self, folder: Path, wheels: Path) -> None:
         self.folder, self.variables = folder, {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(wheels)}
-        venv.create(folder, with_pip=True)
+        venv.create(folder, symlinks=True)
         self.site = next(folder.glob("lib/python*/site-packages"))
-        self.before = set(os.listdir(self.site))
 
     def run(self, program: str, *argv: object) -> str:
-        return run(self.folder / "bin" / program, *argv, cwd=self.folder, **self.variables)
+        return run(self.folder / "bin" / program, *argv, cwd=self.folder)
 
-    def new(self) -> set[str]:
-        """What an install has added to site-packages."""
-        return set(os.listdir(self.site)) - self.before
+    def install(self, *argv: object) -> None:
+        pip = (sys.executable, "-m", "pip", "--python", self.folder / "bin" / "python")
+        run(*pip, "install", "--quiet", *argv, cwd=self.folder, **self.variables)
+
+    def installed(self) -> set[str]:
+        """What lies in site-packages."""
+        return set(os.listdir(self.site))
 
     def works(self) -> None:
         """Every door of an installed copepod opens, and none of its leaves lies beside it."""
@@ -147,9 +150,9 @@ class Environment:
 @pytest.mark.network
 def test_installed(checkout: Path, tmp_path: Path, wheels: Path) -> None:
     environment = Environment(tmp_path / "venv", wheels)
-    environment.run("pip", "install", "--quiet", checkout)
+    environment.install(checkout)
     environment.works()
-    assert {name for name in environment.new() if "json5" not in name} == {
+    assert {name for name in environment.installed() if "json5" not in name} == {
         "copepod",
         f"{VERSION.strip().replace(' ', '-')}.dist-info",
     }
@@ -158,7 +161,7 @@ def test_installed(checkout: Path, tmp_path: Path, wheels: Path) -> None:
 @pytest.mark.network
 def test_installed_to_be_edited(checkout: Path, tmp_path: Path, wheels: Path) -> None:
     environment = Environment(tmp_path / "venv", wheels)
-    environment.run("pip", "install", "--quiet", "--editable", checkout)
+    environment.install("--editable", checkout)
     environment.works()
     (checkout / "gateway.py").write_text("def main(): print('edited')\n", encoding="utf-8")
     assert environment.run("copepod") == "edited\n"

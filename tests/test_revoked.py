@@ -23,8 +23,9 @@ def configured(tokens: Any, **changes: Any) -> Config:
     return gateway.Gateway(settings({**FRIENDS, "gateway.auth.tokens": tokens, **changes})).house.config
 
 
-def test_a_greeting_does_not_count_the_others() -> None:
+def test_a_greeting_does_not_count_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     """The number of the state of presence is the operators'; it told friends that they came and went."""
+    monkeypatch.setattr(gateway, "SWEEP_SECONDS", 0.02)  # between two words of presence
 
     async def main() -> None:
         async with House().open() as hub:

@@ -916,7 +916,9 @@ def test_hurry_waits_for_no_answer_to_a_close(monkeypatch: pytest.MonkeyPatch) -
     run(main())
 
 
-def test_a_run_that_has_only_been_accepted_is_ended_too() -> None:
+def test_a_run_that_has_only_been_accepted_is_ended_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gateway, "GOODBYE_SECONDS", 0.1)  # the client does not answer before the gateway has stopped
+
     async def main() -> None:
         async with serving() as hub, connected(hub) as peer:
             job = hub.jobs.add(gateway.Desk(hub).accept("main", "k", "hi", system="", run_id="r", timeout=1))
