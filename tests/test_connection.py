@@ -34,6 +34,7 @@ class House:
         """Return a connected client and the server's end of it."""
         sock = socket.socket()
         sock.setblocking(False)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1_000_000)  # else the kernel may take 32 MB for us
         self.clients.append(sock)
         count = len(self.made)
         await asyncio.get_running_loop().sock_connect(sock, self.address)
