@@ -118,14 +118,18 @@ def _check(path: str) -> None:
     """Refuse a file that is no store of ours, or a damaged one. Read-only: what is refused stays as it is."""
     import _sqlite3 as sqlite3
 
+    logged = os.path.exists(path + "-wal") and os.path.getsize(path + "-wal") > 0
     name = path.replace("%", "%25").replace("?", "%3f").replace("#", "%23")
     try:
         with closing(_connect(f"file:{name}?mode=ro", uri=True)) as db:
             version: int = db.execute("PRAGMA user_version").fetchone()[0]
             if version == SCHEMA_VERSION and not _is_ours(db):
                 version = 0
-            small = os.path.getsize(path) <= CHECKED_BYTES
+            size, page = os.path.getsize(path), db.execute("PRAGMA page_size").fetchone()[0]
+            small = size <= CHECKED_BYTES
             found: str = db.execute("PRAGMA quick_check(1)").fetchone()[0] if small else "ok"
+            if size % page and not logged:  # nor has the log the page: SQLite takes zeros for what is missing
+                found = "its last page is cut"
     except sqlite3.DatabaseError as error:
         if error.sqlite_errorcode & 0xFF not in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
             raise

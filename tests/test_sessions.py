@@ -460,6 +460,11 @@ def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-9000])
 
 
+def cut_short(path: Path) -> None:
+    filled(path)
+    path.write_bytes(path.read_bytes()[:-5])  # which the check of SQLite itself takes
+
+
 def newer(path: Path) -> None:
     filled(path)
     with closing(sqlite3.connect(path)) as db:
@@ -484,6 +489,7 @@ def foreign_versioned(path: Path) -> None:
         (header, "Move it away to start afresh"),
         (page, "is damaged"),
         (cut, "is damaged"),
+        (cut_short, "is damaged"),
         (newer, "was written by a newer version (schema 2, this one knows 1)"),
         (foreign, "another program's database"),
         (foreign_versioned, "another program's database"),
