@@ -34,7 +34,6 @@ class House:
         """Return a connected client and the server's end of it."""
         sock = socket.socket()
         sock.setblocking(False)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1_000_000)  # else the kernel may take 32 MB for us
         self.clients.append(sock)
         count = len(self.made)
         await asyncio.get_running_loop().sock_connect(sock, self.address)
@@ -613,6 +612,7 @@ class Slow:
 def test_a_slow_reader_that_reads() -> None:
     async def work(house: House) -> None:
         sock, c = await house.client()
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1_000_000)  # else the kernel may take 32 MB
         await send(sock, b"hi\n")
         await slow.draining.wait()
         for _ in range(3):
