@@ -935,6 +935,10 @@ def test_who_reads_no_answers_costs_no_memory(monkeypatch: pytest.MonkeyPatch) -
             most, dropped = 0, False
             request = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n" * 500
             client.writer.transport.pause_reading()
+            while not hub.connections:
+                await asyncio.sleep(0)
+            for c in hub.connections:  # else the kernel takes megabytes of answers first
+                c.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 100_000)
             until = asyncio.get_running_loop().time() + BOUND
             while not dropped and asyncio.get_running_loop().time() < until:
                 if client.writer.transport.get_write_buffer_size() < len(request):
