@@ -34,6 +34,14 @@ POWERS = {
     "processes": r"\.(subprocess_\w+|add_signal_handler|send_signal)|asyncio\.create_subprocess_\w+|signal\.signal"
     r"|os\.(kill\w*|fork\w*|exec\w+|spawn\w+|posix_spawn\w*|system|popen|wait\w*)|(multiprocessing|subprocess)\b.*",
 }
+# What for a file uses names of the first kind.
+UNSAID = "?"
+REACH = {
+    "gateway.py": "listens at `gateway.port` (without it 18789) of `gateway.bind` (without it loopback) alone",
+    "pool.py": "connects to the `baseUrl` of model servers",
+    "rfc6455.py": "connects to a running gateway, for the commands that call one",
+    "tls.py": "makes no connection; it says what those over TLS trust",
+}
 METHODS = re.compile("|".join(POWERS.values()) + r"|\.run_in_executor")
 BUILTINS = {"open", "eval", "exec", "compile", "__import__"}
 # What can do nothing of the kind: names of modules that otherwise can, and modules.
@@ -179,8 +187,6 @@ def page() -> str:
     old = PAGE.read_text(encoding="utf-8") if PAGE.exists() else ""
     shown = dict(re.findall(r"^\| `(\w+\.py)` \| ([0-9]+) ", old, re.MULTILINE))
     can = {path: powers(path.read_text(encoding="utf-8")) for path in FILES}
-    listens = {path.name for path, names in can.items() if ".create_server" in names["network"]}
-    connects = {path.name for path, names in can.items() if "asyncio.open_connection" in names["network"]}
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     pinned = (ROOT / "packaging" / "requirements.txt").read_text(encoding="utf-8").splitlines()[1:]
     dependencies = [tuple(line.replace("--hash=", "").split()) for line in pinned]
@@ -188,10 +194,9 @@ def page() -> str:
         files="\n".join(
             rows(f"`{path.name}`", about(path, shown), *map(code, names.values())) for path, names in can.items()
         ),
-        listens=code(sorted(listens)),
-        connects=code(sorted(connects)),
-        port=config.DEFAULT_PORT,
-        bind=config.BIND.default,
+        reach="\n".join(
+            f"* `{path.name}`: {REACH.get(path.name, UNSAID)}" for path, names in can.items() if names["network"]
+        ),
         variables="\n".join(f"* `{name}`" for name in variables()),
         brands=code(list(dict.fromkeys(brand.prefix for brand in config.BRANDS))),
         keys="\n".join(rows(f"`{key}`", default, range_) for key, default, range_ in bounds(config)),
@@ -224,10 +229,9 @@ what it uses; a file with empty cells computes. `.name` is a method of that name
 
 ## Ports and connections
 
-One port is opened, by {listens}: `gateway.port`, without it {port}, at `gateway.bind`, without it `{bind}`.
+{reach}
 
-Connections go out by {connects}. That of `pool.py` is to the `baseUrl` of model servers, that of
-`rfc6455.py` to a running gateway, from the commands that call one. There are no updates and no telemetry.
+There are no updates and no telemetry.
 
 ## Environment
 

@@ -226,7 +226,7 @@ KINDS: tuple[tuple[str, Callable[[Block, Path], None]], ...] = (
     (r"// |\{", check_json5),
     (r"(# \S+\.py|from \w|import \w|async def|def |yield )", check_python),
     (
-        r"(copepod|make|python3?|pip|curl|git|cp|mkdir|install|adduser|export|sh|kill|systemctl|tar|cd|sqlite3) ",
+        r"(copepod|make|python3?|pip|curl|git|cp|mkdir|install|addgroup|export|sh|kill|systemctl|tar|cd|sqlite3) ",
         check_shell,
     ),
     (r"-> \{", check_frames),
