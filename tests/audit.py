@@ -187,13 +187,15 @@ def page() -> str:
     old = PAGE.read_text(encoding="utf-8") if PAGE.exists() else ""
     shown = dict(re.findall(r"^\| `(\w+\.py)` \| ([0-9]+) ", old, re.MULTILINE))
     can = {path: powers(path.read_text(encoding="utf-8")) for path in FILES}
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    toml = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    project, (beside,) = toml["project"], toml["tool"]["setuptools"]["package-data"].values()
     pinned = (ROOT / "packaging" / "requirements.txt").read_text(encoding="utf-8").splitlines()[1:]
     dependencies = [tuple(line.replace("--hash=", "").split()) for line in pinned]
     return TEXT.format(
         files="\n".join(
             rows(f"`{path.name}`", about(path, shown), *map(code, names.values())) for path, names in can.items()
         ),
+        beside=code(beside),
         reach="\n".join(
             f"* `{path.name}`: {REACH.get(path.name, UNSAID)}" for path, names in can.items() if names["network"]
         ),
@@ -225,7 +227,7 @@ what it uses; a file with empty cells computes. `.name` is a method of that name
 {files}
 
 `python_agents.py` imports and calls the functions that `entry` names, and `commands.py` starts the programs that
-`command` names: what those can do is not told here.
+`command` names: what those can do is not told here. Beside these files an installed package has {beside}.
 
 ## Ports and connections
 

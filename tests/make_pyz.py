@@ -10,7 +10,7 @@ import ast
 import re
 import sys
 import tokenize
-from importlib.metadata import distribution
+from importlib.metadata import distribution, version
 from pathlib import Path
 from zipfile import ZIP_DEFLATED, ZipFile, ZipInfo
 
@@ -71,5 +71,15 @@ def build(target: Path) -> None:
     target.chmod(0o755)
 
 
+def other_than_pinned() -> str:
+    """What to do for a release's bytes, where the json5 that is here is not a release's; else ""."""
+    pins, here = ROOT / "packaging" / "requirements.txt", f"json5=={version('json5')}"
+    if here in pins.read_text(encoding="utf-8").split():
+        return ""
+    return f"{here} is not a release's: for its bytes, pip install --require-hashes -r {pins.relative_to(ROOT)}"
+
+
 if __name__ == "__main__":
     build(Path(sys.argv[1]))
+    if said := other_than_pinned():
+        print(said, file=sys.stderr)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import re
 from importlib.metadata import distribution
 
 import pytest
 
 import audit
 import gateway
+import make_pyz
 
 CODE = {
     "import os\nos.killpg(1, 9)": {"processes": ["os.killpg"]},
@@ -46,6 +48,14 @@ def test_why_a_file_uses_the_network_is_said() -> None:
     default = gateway.load_config(None, {}, [("session.store", ":memory:")])
     assert f"without it {default.port}" in audit.REACH["gateway.py"]
     assert default.bind == "127.0.0.1"
+
+
+def test_a_release_has_the_pinned_dependency(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who builds one with another is told."""
+    (pinned,) = re.findall(r"^\| `json5==([0-9.]+)`", audit.PAGE.read_text(encoding="utf-8"), re.MULTILINE)
+    for here, said in ((pinned, ""), ("0.1", "json5==0.1 is not a release's: .*--require-hashes -r packaging/.*")):
+        monkeypatch.setattr(make_pyz, "version", {"json5": here}.get)
+        assert re.fullmatch(said, make_pyz.other_than_pinned())
 
 
 def test_the_dependency_is_as_its_wheel_has_it() -> None:
