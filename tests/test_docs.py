@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import configparser
 import json
+import os
 import re
 import shlex
 import shutil
@@ -109,7 +110,7 @@ def check_curl(text: str) -> None:
         auth = {"gateway.auth.mode": "token", "gateway.auth.token": SECRET}
         async with serving(auth) as hub:
             script = text.replace(ADDRESS, hub.url)
-            environ = {"PATH": "/usr/bin:/bin", "NO_PROXY": "*", "COPEPOD_GATEWAY_TOKEN": SECRET}
+            environ = {"PATH": os.environ["PATH"], "NO_PROXY": "*", "COPEPOD_GATEWAY_TOKEN": SECRET}
             pipe = asyncio.subprocess.PIPE
             child = await asyncio.create_subprocess_exec("/bin/sh", "-euc", script, stdout=pipe, env=environ)
             out, _ = await within(child.communicate())
