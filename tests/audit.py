@@ -189,7 +189,7 @@ def page() -> str:
     can = {path: powers(path.read_text(encoding="utf-8")) for path in FILES}
     toml = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     project, (beside,) = toml["project"], toml["tool"]["setuptools"]["package-data"].values()
-    pinned = (ROOT / "packaging" / "requirements.txt").read_text(encoding="utf-8").splitlines()[1:]
+    pinned = (ROOT / "deploy" / "requirements.txt").read_text(encoding="utf-8").splitlines()[1:]
     dependencies = [tuple(line.replace("--hash=", "").split()) for line in pinned]
     return TEXT.format(
         files="\n".join(
@@ -260,7 +260,7 @@ A program of an agent gets the environment without the variables that the config
 ## Dependencies
 
 Python itself, and what is asked for: {asked}. A release has this one in it, a wheel that has the digest of
-[the pinned list](../packaging/requirements.txt):
+[the pinned list](../deploy/requirements.txt):
 
 | package | digest |
 |---|---|
@@ -277,7 +277,7 @@ Extras, none of which the gateway needs and none of which is in the one file:
 The one file is the same bytes for everyone who builds it from the same commit, with the package above, on Python 3.11
 to 3.13 with the same zlib. Its member `modules`, the text of all modules without comments, does not depend on zlib.
 
-    pip install --require-hashes -r packaging/requirements.txt
+    pip install --require-hashes -r deploy/requirements.txt
     make pyz
     sha256sum dist/copepod.pyz
     unzip -p dist/copepod.pyz modules | sha256sum

@@ -73,7 +73,7 @@ def build(target: Path) -> None:
 
 def other_than_pinned() -> str:
     """What to do for a release's bytes, where the json5 that is here is not a release's; else ""."""
-    pins, here = ROOT / "packaging" / "requirements.txt", f"json5=={version('json5')}"
+    pins, here = ROOT / "deploy" / "requirements.txt", f"json5=={version('json5')}"
     if here in pins.read_text(encoding="utf-8").split():
         return ""
     return f"{here} is not a release's: for its bytes, pip install --require-hashes -r {pins.relative_to(ROOT)}"

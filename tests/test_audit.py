@@ -53,7 +53,7 @@ def test_why_a_file_uses_the_network_is_said() -> None:
 def test_a_release_has_the_pinned_dependency(monkeypatch: pytest.MonkeyPatch) -> None:
     """Who builds one with another is told."""
     (pinned,) = re.findall(r"^\| `json5==([0-9.]+)`", audit.PAGE.read_text(encoding="utf-8"), re.MULTILINE)
-    for here, said in ((pinned, ""), ("0.1", "json5==0.1 is not a release's: .*--require-hashes -r packaging/.*")):
+    for here, said in ((pinned, ""), ("0.1", "json5==0.1 is not a release's: .*--require-hashes -r deploy/.*")):
         monkeypatch.setattr(make_pyz, "version", {"json5": here}.get)
         assert re.fullmatch(said, make_pyz.other_than_pinned())
 

@@ -1,4 +1,4 @@
-"""The services in packaging/: what the init systems' own tools say of them, and whether they fit the settings."""
+"""The services in deploy/: what the init systems' own tools say of them, and whether they fit the settings."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ import gateway
 import make_pyz
 
 ROOT = Path(__file__).resolve().parent.parent
-UNIT = ROOT / "packaging" / "copepod.service"
-OPENRC = ROOT / "packaging" / "copepod.openrc"
+UNIT = ROOT / "deploy" / "copepod.service"
+OPENRC = ROOT / "deploy" / "copepod.openrc"
 PAGE = ROOT / "docs" / "hosting.md"
 PROGRAM, CONFIG, STATE = "/usr/local/bin/copepod", "/etc/copepod/copepod.json5", "/var/lib/copepod"
 EXPOSURE = 13  # tenths: systemd's own measure, of which 100 is a service without walls
