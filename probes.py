@@ -1,0 +1,129 @@
+"""Whether what agents ask is there: a model server asked for its list of models, a program looked for."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+MAX_LIST = 4 * 1024 * 1024  # bytes of a list of models; the longest ones known are below one
+SECONDS = 2.0  # for connection and answer
+
+
+class Response(Protocol):
+    """What `request` gives back; every failure of its connection is an OSError."""
+
+    status: int
+
+    async def read(self, limit: int) -> bytes: ...
+
+    def close(self) -> None: ...
+
+
+Request = Callable[[str, str, list[tuple[str, str]], bytes], Awaitable[Response]]
+
+
+class Finding(NamedTuple):
+    ok: bool  # a turn would come to an answer there, as far as can be told without one
+    what: str  # in plain words, without addresses and secrets
+    missing: tuple[str, ...]  # models of ours that the server has a list without
+
+
+async def probe(
+    api: str, options: dict[str, Any], models: Sequence[str], request: Request, *, seconds: float = SECONDS
+) -> Finding:
+    """Return what is found where a provider of the configuration points; `models` are those that agents use of it.
+
+    No prompt is sent: a model server is asked for its list of models. `request(method, url, fields, body)` does that.
+    """
+    if api == "command":
+        return _program(options)
+    if api not in ADDRESSES:
+        return Finding(True, "part of the gateway", ())
+    url, fields = _question(api, options)
+    try:
+        async with asyncio.timeout(seconds):
+            response = await request("GET", url, fields, b"")
+            try:
+                status = response.status
+                listed = _ids(await response.read(MAX_LIST)) if status == 200 else None
+            finally:
+                response.close()
+    except TimeoutError:
+        return Finding(False, f"gives no answer within {seconds:g} seconds", ())
+    except (OSError, ValueError) as error:  # the second: an address that only a request finds wrong
+        return Finding(False, _trouble(error), ())
+    return _told(status, listed, models)
+
+
+def _openai(options: dict[str, Any]) -> tuple[str, dict[str, str]]:
+    key = options.get("apiKey")
+    return f"{options['baseUrl'].rstrip('/')}/models", {"authorization": f"Bearer {key}"} if key else {}
+
+
+def _anthropic(options: dict[str, Any]) -> tuple[str, dict[str, str]]:
+    base = (options.get("baseUrl") or "https://api.anthropic.com").rstrip("/").removesuffix("/v1")
+    key = options.get("apiKey")
+    return f"{base}/v1/models?limit=1000", {"anthropic-version": "2023-06-01"} | ({"x-api-key": key} if key else {})
+
+
+ADDRESSES = {"openai-completions": _openai, "anthropic-messages": _anthropic}
+
+
+def _question(api: str, options: dict[str, Any]) -> tuple[str, list[tuple[str, str]]]:
+    """The address that lists the models, and the request's fields; those of the configuration win."""
+    url, fields = ADDRESSES[api](options)
+    own = {name.lower(): value for name, value in (options.get("headers") or {}).items()}
+    return url, list(({"accept": "application/json"} | fields | own).items())
+
+
+def _ids(body: bytes) -> set[str] | None:
+    """The models of a list, None where it is none, or goes on elsewhere."""
+    try:
+        value = json.loads(body)
+        return None if value.get("has_more") else {str(entry["id"]) for entry in value["data"]}
+    except (ValueError, RecursionError, AttributeError, LookupError, TypeError):
+        return None
+
+
+def _told(status: int, listed: set[str] | None, models: Sequence[str]) -> Finding:
+    if status == 401:
+        return Finding(False, "refuses the gateway's key", ())
+    if 300 <= status < 400:
+        return Finding(False, "answers with a redirect, which is never followed", ())
+    if status >= 500:
+        return Finding(False, f"fails with status {status}", ())
+    if listed is None:  # a key may have no right to see the list, and some servers have none
+        return Finding(True, "reachable, without a list of its models", ())
+    # Ollama leaves its tag `latest` out, Gemini writes `models/` before each.
+    known = listed | {id_.removesuffix(":latest").removeprefix("models/") for id_ in listed}
+    missing = tuple(dict.fromkeys(model for model in models if model and model not in known))
+    return Finding(True, f"reachable, but it lists no {', '.join(missing)}" if missing else "reachable", missing)
+
+
+def _trouble(error: Exception) -> str:
+    import socket
+
+    if isinstance(error, socket.gaierror):
+        return "not reachable: there is no host of this name"
+    if isinstance(error, OSError) and isinstance(error, ValueError):  # ssl.SSLCertVerificationError is both
+        return "not reachable: its certificate could not be verified"
+    if isinstance(error, ValueError):
+        return "not reachable: its address is none"
+    # asyncio joins the failures of several addresses in one text, without an errno
+    if isinstance(error, ConnectionRefusedError) or str(error).startswith("Multiple exceptions"):
+        return "not reachable: nothing listens there"
+    return "not reachable: the connection broke, or what answers is no HTTP server"
+
+
+def _program(options: dict[str, Any]) -> Finding:
+    import shutil
+
+    folder = options.get("cwd")
+    if folder and not os.path.isdir(folder):
+        return Finding(False, "its folder (cwd) is not there", ())
+    if shutil.which(options["command"], path=(options.get("env") or {}).get("PATH")) is None:
+        return Finding(False, "its program is not found, or not executable", ())
+    return Finding(True, "its program is there", ())
