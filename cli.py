@@ -24,6 +24,7 @@ QUIET_SECONDS = 2.0  # without a word, then the seconds are shown
 MAX_NOTE = 200  # characters of what an agent tells of its doing, in a line
 LOG_SECONDS = 0.1  # how long a line of the access log may wait for others
 CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # but tab and line feed
+FINDING = ("level", "about", "said", "do")
 INTERRUPTED = 130  # what a shell reports of a program that SIGINT ended
 
 
@@ -100,6 +101,7 @@ COMMANDS = (
     ),
     Command("health", "say whether the gateway is well", "copepod health --json", (AS_JSON, *WAITING)),
     Command("status", "say what the gateway does", "copepod status", (AS_JSON, *WAITING)),
+    Command("doctor", "look for what is wrong here, and say what to type", "copepod doctor", (AS_JSON,)),
     Command("config check", "say every mistake of the configuration", "copepod config check --config copepod.json5"),
     Command(
         "token new",
@@ -298,6 +300,20 @@ def print_token(token: str, entry: Mapping[str, Any]) -> None:
     print(f"{PROGRAM}: {said}", file=sys.stderr)
     print(token)
     print(f"{{ {', '.join(f'{key}: {json.dumps(value)}' for key, value in entry.items())} }},")
+
+
+def print_findings(findings: Sequence[tuple[str, str, str, str]], as_json: bool) -> int:
+    """Prints findings, each its level ("ok", "warning" or "error"), about what, what is, and what to type.
+
+    Returns the exit status: 1 where one is an error.
+    """
+    failed = any(level == "error" for level, *_ in findings)
+    if as_json:
+        print_payload({"ok": not failed, "findings": [dict(zip(FINDING, it, strict=True)) for it in findings]})
+    for level, about, said, do in () if as_json else findings:
+        line = f"{level:<9}{about:<15}{said}{f': {do}' if do else ''}"
+        print(_plain(line.replace("\n", " "), sys.stdout))
+    return int(failed)
 
 
 def set_logging(level: str, form: str) -> None:

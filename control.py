@@ -488,7 +488,8 @@ class Control:
             return wanted
         if wanted == "main":  # the family's clients all send it
             return hub.default_agent
-        raise Refusal(INVALID, f'invalid {method} params: unknown agent id "{agent[:100]}"')
+        there = ", ".join(hub.agents)
+        raise Refusal(INVALID, f'invalid {method} params: unknown agent id "{agent[:100]}"; the agents are {there}')
 
     # Runs
 

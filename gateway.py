@@ -10,11 +10,15 @@ import os
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 if TYPE_CHECKING:
     from argparse import Namespace
+
+if sys.version_info < (3, 11):  # noqa: UP036 (here, before the leaves, which older ones cannot read)
+    sys.exit(f"copepod: error: this is Python {sys.version.split()[0]}: start it with Python 3.11 or newer")
 
 if TYPE_CHECKING or not __package__:  # a checkout: the files lie beside this one
     import anthropic_messages
@@ -25,6 +29,7 @@ if TYPE_CHECKING or not __package__:  # a checkout: the files lie beside this on
     import commands
     import config as configuration
     import control
+    import doctor
     import fanout
     import http1
     import image_parts
@@ -32,6 +37,7 @@ if TYPE_CHECKING or not __package__:  # a checkout: the files lie beside this on
     import model_server
     import openai_completions
     import pool
+    import probes
     import providers
     import python_agents
     import remote
@@ -55,6 +61,7 @@ else:  # installed or vendored: they are modules of this package
         cli,
         commands,
         control,
+        doctor,
         fanout,
         http1,
         image_parts,
@@ -62,6 +69,7 @@ else:  # installed or vendored: they are modules of this package
         model_server,
         openai_completions,
         pool,
+        probes,
         providers,
         python_agents,
         remote,
@@ -92,10 +100,12 @@ EXPOSED = (
     "x-request-id, x-copepod-session-key, x-copepod-agent-id, x-copepod-store, x-should-retry, retry-after",
 )
 
+ENDPOINTS = ("/v1/chat/completions", "/v1/models")
 GOING_DOWN = "The gateway is going down."
 REVOKED = "This token is no longer valid, or its rights have changed."
 
 log = logging.getLogger("copepod")
+Result = TypeVar("Result")
 
 
 class House:
@@ -580,7 +590,8 @@ class Gateway:
         elif path == "*":
             x.send(204, b"", [("Allow", "GET, HEAD, POST, OPTIONS")])
         else:
-            raise APIError(404, f"There is nothing at {path[:200]}.", type="not_found_error")
+            off = ": set gateway.http.endpoints.chatCompletions.enabled to true" if path in ENDPOINTS else ""
+            raise APIError(404, f"There is nothing at {path[:200]}{off}.", type="not_found_error")
 
     def _check_sender(self, x: Exchange, request: http1.Request, house: House) -> bool:
         """Refuse a web page that may not call, and without auth all but this machine. True: a preflight, answered."""
@@ -833,7 +844,12 @@ async def _serve(config: Config, options: Namespace) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop)
     loop.add_signal_handler(signal.SIGHUP, reload)
-    await gateway.start()
+    try:
+        await gateway.start()
+    except OSError:
+        if (error := doctor.unbound(config.bind, config.port)) is None:  # it was not the port
+            raise
+        raise OSError(": ".join(doctor.in_the_way(config.bind, config.port, error.errno))) from None
     cli.say_ready(gateway.url, config.chat_completions, config.auth.mode)
     if (loops := type(loop).__module__.partition(".")[0]) != "asyncio":
         log.info("on the event loop of %s", loops)
@@ -936,6 +952,30 @@ def _command_show(options: Namespace) -> int:
     return 0
 
 
+def _command_doctor(options: Namespace) -> int:
+    try:
+        config = _load(options)
+        House(config, {}, None)  # entries of python providers are imported
+    except ConfigError as e:
+        return cli.print_findings(doctor.mistakes(e.problems), options.json)
+    secret = settings.written(_reading(os.environ).read(config.path)) if config.path else ""
+    vars(options).update(url=None, token=None, timeout=doctor.SECONDS)  # of the configuration's own gateway
+    raise_file_limit()
+    room, store = room_for(config.max_connections), sessions.Store(config.store, 1)
+    greet = partial(_ask, options, "health", {})
+    found = asyncio.run(_asking(partial(doctor.examine, config, secret, room, greet, store, probes.probe)))
+    return cli.print_findings(found, options.json)
+
+
+async def _asking(work: Callable[..., Awaitable[Result]]) -> Result:
+    """Return what `work` does with what sends requests."""
+    asking = pool.Pool(http1.format_request, http1.read_answer)
+    try:
+        return await work(asking.request)
+    finally:
+        asking.close()
+
+
 def _command_token(options: Namespace) -> int:
     token, reading = auth.new_token(), _reading({})
     entry = {"name": options.name, "tokenSha256": auth.digest(token).hex()}
@@ -959,6 +999,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "config check": _command_check,
         "config show": _command_show,
         "token new": _command_token,
+        "doctor": _command_doctor,
     }
     expected = (OSError, ConfigError, sessions.StoreError, runs.RunError, APIError, remote.RemoteError)
     return cli.run(sys.argv[1:] if argv is None else argv, commands_, VERSION, expected)

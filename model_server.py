@@ -22,6 +22,7 @@ DONE_GRACE = 0.1  # seconds for the end of the body after the last event, so tha
 FIRST_DELAY = 0.5  # seconds before the second try, doubled before each other one; as OpenAI's own clients
 PASSING = {"upstream", "rate_limited"}  # kinds of failures that may be over at the next try
 OVERLOADED = 529  # Anthropic's own status: too busy to begin
+UNREACHED = "the model server could not be reached: where the gateway runs, `copepod doctor` says more"
 UNREACHABLE = {errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN, errno.EHOSTDOWN}
 NONSENSE = (ValueError, RecursionError, AttributeError, LookupError, TypeError)  # of what reads an answer
 CODES = {  # what servers write in `code` and `type` where no status can be
@@ -202,7 +203,7 @@ def broken(error: OSError, answered: bool) -> ProviderError:
     refused = isinstance(error, ConnectionRefusedError | socket.gaierror) or error.errno in UNREACHABLE
     # asyncio joins the failures of several addresses in one text, without an errno
     if not answered and (refused or str(error).startswith("Multiple exceptions")):
-        return ProviderError("upstream", "the model server could not be reached")
+        return ProviderError("upstream", UNREACHED)
     return ProviderError("upstream", "the connection to the model server broke", taken=True)
 
 

@@ -358,13 +358,15 @@ class Store:
             self._wait_for_locks(BUSY_SECONDS)
             return result
         except (OSError, sqlite3.Error, UnicodeError) as error:  # UnicodeError: a lone surrogate in an agent or a key
-            doing = "used" if self._db else f"opened at {self._path}"
+            doing, do = "used", ""
+            if self._db is None:
+                doing, do = f"opened at {self._path}", ": set session.store to a place that this user may write"
             code = getattr(error, "sqlite_errorcode", 0) & 0xFF
             if code == sqlite3.SQLITE_BUSY:
                 self._wait_for_locks(0.0)  # else all the others would wait as long, one after the other
             elif code == sqlite3.SQLITE_READONLY:
                 self._shut()  # opened anew it may be written, once the file may
-            raise StoreError(f"the session store cannot be {doing}: {error}") from error
+            raise StoreError(f"the session store cannot be {doing}: {error}{do}") from error
 
     def _wait_for_locks(self, seconds: float) -> None:
         if self._db is not None and self._patience != seconds:

@@ -16,6 +16,12 @@ MEMORY = ":memory:"  # a session store without a file
 SECRETS = ("token", "password", "apiKey")
 SECRET_MAPS = ("env", "headers")
 
+WHAT_TO_DO = {
+    FileNotFoundError: ": name another with --config, or type `copepod init`, which makes one",
+    PermissionError: ": let this user read it (chown, chmod), or name another with --config",
+    IsADirectoryError: ": name the file in it",
+}
+
 VARIABLE = re.compile(r"\$(\$?)\{([A-Z_][A-Z0-9_]*)\}")
 COMMENT = r"//[^\n\r\u2028\u2029]*|/\*.*?\*/"
 # A string, a comment, a trailing comma, a bare key: what people use of JSON5.
@@ -82,6 +88,19 @@ def mask(value: Any, key: str = "") -> Any:
         shown = {name: "***" if key in SECRET_MAPS else mask(item, name) for name, item in value.items()}
         return {name: item for name, item in shown.items() if item is not None}
     return [mask(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def written(value: Any, key: str = "", path: str = "") -> str:
+    """Return the path of the first secret that the tree holds itself, and no ${VAR} filled; "" for none."""
+    if isinstance(value, str):
+        return path if value and key in SECRETS and not isinstance(value, Filled) else ""
+    pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    kind = SECRETS[0] if key in SECRET_MAPS else None  # any of its values may be one
+    for name, item in pairs:
+        at = f"{path}[{name}]" if isinstance(name, int) else _join(path, name)
+        if found := written(item, kind or str(name), at):
+            return found
+    return ""
 
 
 class Settings:
@@ -267,7 +286,7 @@ def _read(path: str) -> str:
     except UnicodeDecodeError as error:
         raise ValueError(f"is not UTF-8 (at byte {error.start}): save it as UTF-8") from None
     except OSError as error:
-        raise ValueError(f"cannot be read: {error.strerror}") from None
+        raise ValueError(f"cannot be read: {error.strerror}{WHAT_TO_DO.get(type(error), '')}") from None
 
 
 def _value(text: str) -> Any:

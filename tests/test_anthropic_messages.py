@@ -548,8 +548,8 @@ def test_what_configured_fields_carry_is_never_said(caplog: pytest.LogCaptureFix
 @pytest.mark.parametrize(
     ("error", "expected"),
     [
-        (ConnectionRefusedError(111, "refused"), ("upstream", "the model server could not be reached", False, None)),
-        (socket.gaierror(-2, "unknown"), ("upstream", "the model server could not be reached", False, None)),
+        (ConnectionRefusedError(111, "refused"), ("upstream", model_server.UNREACHED, False, None)),
+        (socket.gaierror(-2, "unknown"), ("upstream", model_server.UNREACHED, False, None)),
         (ConnectionResetError(), LOST),
         (TimeoutError(), LOST),
     ],

@@ -76,6 +76,7 @@ def parsed(*argv: str) -> dict[str, Any]:
         (("status", "--json", "--set", "a=b"), {"command": "status", "json": True, "overrides": [("a", "b")]}),
         (("config", "check", "--config", "x"), {"command": "config check", "config": "x"}),
         (("config", "show", "--set", "a.b=1"), {"command": "config show", "overrides": [("a.b", "1")]}),
+        (("doctor", "--json"), {"command": "doctor", "json": True, "config": None, "overrides": []}),
         (("token", "new", "bob"), {"command": "token new", "name": "bob", "agents": None, "expires": None}),
         (("token", "new", "bob", "--agents", "a, b,"), {"agents": ["a", "b"], "scopes": None}),
     ],
@@ -456,6 +457,32 @@ def test_health_for_people_and_for_scripts(
     assert capsys.readouterr() == (out, "")
     assert cli.print_health("ws://h:1", hello, answered, as_json=True) == status
     assert json.loads(capsys.readouterr().out) == answered
+
+
+@pytest.mark.parametrize(
+    ("findings", "status", "out"),
+    [
+        ([], 0, ""),
+        (
+            [("ok", "clock", "noon", ""), ("warning", "open files", "few", "more")],
+            0,
+            "ok       clock          noon\nwarning  open files     few: more\n",
+        ),
+        ([("ok", "clock", "noon", ""), ("error", "port", "a\nb", "c")], 1, None),
+    ],
+)
+def test_findings(
+    findings: list[tuple[str, str, str, str]], status: int, out: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.print_findings(findings, as_json=False) == status
+    said = capsys.readouterr().out
+    assert out in (said, None)
+    assert said.count("\n") == len(findings)
+    assert cli.print_findings(findings, as_json=True) == status
+    told = json.loads(capsys.readouterr().out)
+    assert told["ok"] == (status == 0)
+    assert [tuple(finding.values()) for finding in told["findings"]] == findings
+    assert all(list(finding) == ["level", "about", "said", "do"] for finding in told["findings"])
 
 
 def test_what_the_terminal_cannot_show_does_not_end_the_answer(monkeypatch: pytest.MonkeyPatch) -> None:

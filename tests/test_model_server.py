@@ -343,7 +343,7 @@ def test_retry_after_as_a_date():
     assert 97 <= model_server.retry_seconds(text) <= 101
 
 
-CUT_OFF = ("upstream", "the model server could not be reached", False, None)
+CUT_OFF = ("upstream", model_server.UNREACHED, False, None)
 
 
 @pytest.mark.parametrize(

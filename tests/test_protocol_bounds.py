@@ -146,7 +146,7 @@ def test_sessions_of_an_agent_that_is_gone() -> None:
             del hub.house.config.agents["b"]  # as a reload does
             assert (await peer.ask("sessions.list"))["sessions"] == []
             error = await peer.error("agent", message="hi", idempotencyKey="2", sessionId=session["sessionId"])
-            assert error["message"] == 'invalid agent params: unknown agent id "b"'
+            assert error["message"] == 'invalid agent params: unknown agent id "b"; the agents are main'
 
     run(main())
 

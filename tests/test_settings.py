@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import os
 import random
 import sys
@@ -237,11 +238,53 @@ def test_bad_files(data: bytes, said: str, tmp_path: Path) -> None:
     assert found.problems == [f"{file}: {said}"]
 
 
-@pytest.mark.parametrize(("name", "said"), [("", "Is a directory"), ("none.json5", "No such file or directory")])
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("", "Is a directory: name the file in it"),
+        (
+            "none.json5",
+            "No such file or directory: name another with --config, or type `copepod init`, which makes one",
+        ),
+        ("none.json5/c.json5", "Not a directory"),
+    ],
+)
 def test_files_that_cannot_be_read(name: str, said: str, tmp_path: Path) -> None:
+    if name.startswith("none.json5/"):
+        (tmp_path / "none.json5").touch()
     found = reading()
     assert found.read(str(tmp_path / name)) is None
     assert found.problems == [f"{tmp_path / name}: cannot be read: {said}"]
+
+
+def test_a_file_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr("builtins.open", refuse)  # root may read any
+    found = reading()
+    assert found.read("/c.json5") is None
+    do = "let this user read it (chown, chmod), or name another with --config"
+    assert found.problems == [f"/c.json5: cannot be read: Permission denied: {do}"]
+
+
+@pytest.mark.parametrize(
+    ("tree", "path"),
+    [
+        (None, ""),
+        ({}, ""),
+        ({"token": ""}, ""),
+        ({"token": 5, "tokenSha256": "ab", "mode": "token"}, ""),
+        ({"gateway": {"auth": {"token": "s"}}}, "gateway.auth.token"),
+        ({"gateway": {"auth": {"token": "${MINE}", "password": "p"}}}, "gateway.auth.password"),
+        ({"gateway": {"auth": {"token": "${MINE}"}}}, ""),
+        ({"tokens": [{"name": "a"}, {"token": "s"}]}, "tokens[1].token"),
+        ({"providers": {"up": {"headers": {"x-key": "${MINE}", "x-title": "t"}}}}, "providers.up.headers.x-title"),
+        ({"providers": {"up": {"env": {"A": "a"}, "apiKey": "k"}}}, "providers.up.env.A"),
+    ],
+)
+def test_secrets_that_stand_in_the_file(tree: Any, path: str) -> None:
+    assert settings.written(reading({"MINE": "m"}).take(tree)) == path
 
 
 def test_a_file_of_nothing_is_no_problem_of_reading(tmp_path: Path) -> None:
