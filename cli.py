@@ -102,6 +102,12 @@ COMMANDS = (
     Command("health", "say whether the gateway is well", "copepod health --json", (AS_JSON, *WAITING)),
     Command("status", "say what the gateway does", "copepod status", (AS_JSON, *WAITING)),
     Command("doctor", "look for what is wrong here, and say what to type", "copepod doctor", (AS_JSON,)),
+    Command(
+        "init",
+        "make a first configuration of what can answer here",
+        "copepod init --yes",
+        (Option("--yes", {"action": "store_true", "help": "take the best that is found, without a question"}),),
+    ),
     Command("config check", "say every mistake of the configuration", "copepod config check --config copepod.json5"),
     Command(
         "token new",
@@ -314,6 +320,37 @@ def print_findings(findings: Sequence[tuple[str, str, str, str]], as_json: bool)
         line = f"{level:<9}{about:<15}{said}{f': {do}' if do else ''}"
         print(_plain(line.replace("\n", " "), sys.stdout))
     return int(failed)
+
+
+def choose(question: str, choices: Sequence[object]) -> int:
+    """Asks on the terminal which one it shall be, the first where none is said; returns its index. UsageError."""
+    if not sys.stdin.isatty():
+        raise UsageError("there is no terminal to ask on: type --yes to take the best that is found")
+    print(question)
+    for number, choice in enumerate(choices, 1):
+        print(f"  {number}  {choice}")
+    while True:
+        try:
+            said = input("number [1]: ").strip() or "1"
+        except EOFError:
+            raise UsageError("nothing was chosen, and nothing is written") from None
+        if said.isdecimal() and 0 < int(said) <= len(choices):
+            return int(said) - 1
+
+
+def say_next(path: str, what: object, flags: Sequence[str]) -> None:
+    """Prints that the configuration was written, and the two lines to type next; `flags` name it where they have to."""
+    import shlex
+    import shutil
+
+    program = [sys.argv[0]]
+    if sys.argv[0].endswith(".py"):
+        program = [os.path.basename(sys.executable), sys.argv[0]]
+    elif shutil.which(PROGRAM) == os.path.abspath(sys.argv[0]):
+        program = [PROGRAM]
+    print(f"wrote {path}, with a fresh token in it; the agent is {what}. Next, and while that runs:")
+    for words in (["gateway"], ["agent", "--message", "Hello"]):
+        print("  " + shlex.join([*program, *words, *flags]))
 
 
 def set_logging(level: str, form: str) -> None:

@@ -47,6 +47,7 @@ if TYPE_CHECKING or not __package__:  # a checkout: the files lie beside this on
     import schema
     import sessions
     import settings
+    import starter
     import tls
     from chat_completions import APIError
     from config import Config, ConfigError
@@ -79,6 +80,7 @@ else:  # installed or vendored: they are modules of this package
         schema,
         sessions,
         settings,
+        starter,
         tls,
     )
     from . import chat_completions as chat
@@ -967,6 +969,21 @@ def _command_doctor(options: Namespace) -> int:
     return cli.print_findings(found, options.json)
 
 
+def _command_init(options: Namespace) -> int:
+    reading = _reading(os.environ)
+    path = reading.path(options.config or reading.find() or settings.HOME_FILE)
+    if os.path.lexists(path):
+        reading.problems.append(f"{path} is there, and left as it is: change it, or name another with --config")
+    if reading.problems:
+        raise ConfigError(reading.problems)
+    offers = asyncio.run(_asking(partial(starter.offers, os.environ)))
+    offer = offers[0 if options.yes else cli.choose("What shall answer?", offers)]
+    port = next((port for port in starter.PORTS if not doctor.unbound("127.0.0.1", port)), configuration.DEFAULT_PORT)
+    starter.write(path, starter.text(offer, auth.new_token(), port))
+    cli.say_next(path, offer, ["--config", options.config] if options.config else [])
+    return 0
+
+
 async def _asking(work: Callable[..., Awaitable[Result]]) -> Result:
     """Return what `work` does with what sends requests."""
     asking = pool.Pool(http1.format_request, http1.read_answer)
@@ -1000,6 +1017,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "config show": _command_show,
         "token new": _command_token,
         "doctor": _command_doctor,
+        "init": _command_init,
     }
     expected = (OSError, ConfigError, sessions.StoreError, runs.RunError, APIError, remote.RemoteError)
     return cli.run(sys.argv[1:] if argv is None else argv, commands_, VERSION, expected)

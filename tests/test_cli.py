@@ -77,6 +77,8 @@ def parsed(*argv: str) -> dict[str, Any]:
         (("config", "check", "--config", "x"), {"command": "config check", "config": "x"}),
         (("config", "show", "--set", "a.b=1"), {"command": "config show", "overrides": [("a.b", "1")]}),
         (("doctor", "--json"), {"command": "doctor", "json": True, "config": None, "overrides": []}),
+        (("init",), {"command": "init", "yes": False, "config": None}),
+        (("init", "--yes", "--config", "x"), {"yes": True, "config": "x"}),
         (("token", "new", "bob"), {"command": "token new", "name": "bob", "agents": None, "expires": None}),
         (("token", "new", "bob", "--agents", "a, b,"), {"agents": ["a", "b"], "scopes": None}),
     ],
