@@ -958,8 +958,10 @@ def _command_doctor(options: Namespace) -> int:
     try:
         config = _load(options)
         House(config, {}, None)  # entries of python providers are imported
-    except ConfigError as e:
-        return cli.print_findings(doctor.mistakes(e.problems), options.json)
+        if config.tls:
+            tls.server_context(*config.tls)
+    except (ConfigError, OSError) as e:
+        return cli.print_findings(doctor.mistakes(str(e).splitlines()), options.json)
     secret = settings.written(_reading(os.environ).read(config.path)) if config.path else ""
     vars(options).update(url=None, token=None, timeout=doctor.SECONDS)  # of the configuration's own gateway
     raise_file_limit()

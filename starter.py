@@ -21,9 +21,9 @@ OPENAI, ANTHROPIC = "https://api.openai.com/v1", "https://api.anthropic.com/v1"
 USUAL = {OPENAI: "gpt-4o-mini", ANTHROPIC: "claude-haiku-4-5"}  # small and cheap ones; taken where no list comes
 MAX_LIST = 1 << 20  # bytes; OpenAI's is some 20 KB
 MAX_MODELS = 6  # offered of one server, so that all fits a screen
-MODEL = re.compile(r"[\w.:/@+-]{1,100}", re.ASCII)  # neither ends a string of the file nor commands a terminal
-BASE = re.compile(r"https?://[^\s@?#\"\\$]{1,200}", re.ASCII)
-OTHERS = re.compile(r"embed|rerank|whisper|tts|dall-e|image|moderation|realtime|transcribe|audio|sora|babbage|davinci")
+MODEL = r"[A-Za-z0-9_.:/@+-]{1,100}"  # neither ends a string of the file nor commands a terminal
+BASE = r"https?://[A-Za-z0-9_.:/\[\]~%-]{1,200}"
+NO_TALKERS = "embed|rerank|whisper|tts|dall-e|image|moderation|realtime|transcribe|audio|sora|babbage|davinci"
 
 
 class Response(Protocol):
@@ -62,7 +62,7 @@ async def offers(environ: Mapping[str, str], request: Request) -> list[Offer]:
     openai, anthropic = environ.get("OPENAI_API_KEY", ""), environ.get("ANTHROPIC_API_KEY", "")
     places = [_models(Offer(name, "", "openai-completions", base), "", request, LOCAL_SECONDS) for name, base in LOCAL]
     base = environ.get("OPENAI_BASE_URL", "").rstrip("/") or OPENAI * bool(openai)
-    if BASE.fullmatch(base) and base not in dict(LOCAL).values():
+    if re.fullmatch(BASE, base) and base not in dict(LOCAL).values():
         place = Offer("openai", "", "openai-completions", base, "OPENAI_API_KEY" * bool(openai))
         places.append(_models(place, openai, request, REMOTE_SECONDS))
     if anthropic:
@@ -89,7 +89,7 @@ async def _models(place: Offer, key: str, request: Request, seconds: float) -> l
         models = [str(entry["id"]) for entry in listed["data"]]
     except (OSError, ValueError, RecursionError, LookupError, TypeError):  # TimeoutError is an OSError
         models = [usual] if usual else []
-    models = [model for model in models if MODEL.fullmatch(model) and not OTHERS.search(model.lower())]
+    models = [model for model in models if re.fullmatch(MODEL, model) and not re.search(NO_TALKERS, model.lower())]
     models.sort(key=lambda model: model != usual)
     return [place._replace(model=model) for model in models[:MAX_MODELS]]
 

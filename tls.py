@@ -13,7 +13,11 @@ def server_context(cert: str, key: str) -> SSLContext:
     import ssl
 
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(cert, key)
+    try:
+        context.load_cert_chain(cert, key)
+    except OSError as error:  # ssl.SSLError is one
+        said = f"gateway.tls: {cert} and {key} cannot be used ({error.strerror})"
+        raise OSError(f"{said}: name a certificate and its key, in PEM, that this user may read") from None
     return context
 
 

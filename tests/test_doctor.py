@@ -305,6 +305,14 @@ def test_mistakes_of_the_configuration(file: Path, tmp_path: Path) -> None:
     assert json.loads(finished("doctor", "--json", cwd=tmp_path).stdout)["ok"] is False
 
 
+def test_a_certificate_that_is_none(file: Path, tmp_path: Path) -> None:
+    file.write_text(json.dumps(settings({"gateway.tls": {"cert": file.name, "key": file.name}})))
+    done = finished("doctor", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (1, "")
+    assert done.stdout.startswith(f"error    configuration  gateway.tls: {file} and {file} cannot be used ")
+    assert done.stdout.count("\n") == 1
+
+
 def test_the_gateway_is_running(tmp_path: Path) -> None:
     """Then the port and the store are taken, by it; with another secret, or another store, that is an error."""
 

@@ -22,6 +22,7 @@ import gateway
 import starter
 from live import BOUND, run, within
 from test_program import PROGRAM, finished
+from upstream import Call, Upstream, says
 
 OLLAMA, LMSTUDIO, LLAMACPP = (base for _, base in starter.LOCAL)
 Fields = list[tuple[str, str]]
@@ -196,6 +197,25 @@ def test_what_it_says_to_type(bare: Path, capsys: pytest.CaptureFixture[str]) ->
     assert wrote.startswith(f"wrote {bare}/.copepod/copepod.json5, with a fresh token in it; the agent is echo, ")
     words = [shlex.split(line)[1:] for line in typed]
     assert words == [[PROGRAM[1], "gateway"], [PROGRAM[1], "agent", "--message", "Hello"]]
+
+
+def test_a_model_server_that_is_found_answers(bare: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def script(call: Call) -> None:
+        if call.path == "/v1/models":
+            call.answer(200, models("llama3.2:latest").body)
+        else:
+            await says("indeed")(call)
+
+    async def main() -> None:
+        async with Upstream(script) as upstream:
+            monkeypatch.setattr(starter, "LOCAL", (("ollama", f"http://127.0.0.1:{upstream.port}/v1"),))
+            assert await asyncio.to_thread(gateway.main, ["init", "--yes"]) == 0
+            argv = ["agent", "--local", "--message", "Is it?"]
+            done = await asyncio.to_thread(finished, *argv, cwd=bare)
+            assert (done.returncode, done.stdout, done.stderr) == (0, "indeed\n", "")
+            assert upstream.calls[-1].json["model"] == "llama3.2:latest"
+
+    run(main())
 
 
 def test_the_page_of_the_first_minutes(
