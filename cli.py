@@ -348,7 +348,8 @@ def say_next(path: str, what: object, flags: Sequence[str]) -> None:
         program = [os.path.basename(sys.executable), sys.argv[0]]
     elif shutil.which(PROGRAM) == os.path.abspath(sys.argv[0]):
         program = [PROGRAM]
-    print(f"wrote {path}, with a fresh token in it; the agent is {what}. Next, and while that runs:")
+    print(f"wrote {path}, with a fresh token in it")
+    print(f"its agent is {what}; type, each in a terminal of its own:")
     for words in (["gateway"], ["agent", "--message", "Hello"]):
         print("  " + shlex.join([*program, *words, *flags]))
 

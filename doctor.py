@@ -17,7 +17,7 @@ WIDE = {4: 8, 6: 32}  # a shorter prefix is no one's own network
 SECONDS = 3.0  # for a gateway that runs to say how it is
 LOCAL = ("localhost", "127.0.0.1", "::1")
 MEMORY = ":memory:"  # a session store without a file
-FRESH = "`openssl rand -hex 32` makes one"
+FRESH = "(`openssl rand -hex 32` makes one)"
 
 
 class Finding(NamedTuple):
@@ -47,7 +47,7 @@ def permissions(path: str, mode: int, secret: str) -> Finding:
         return Finding("error", "file", f"every user may write {path}, and so choose what the gateway does", do)
     if mode & 0o004 and secret:
         return Finding("warning", "file", f"every user may read {path}, which holds {secret}", do)
-    return Finding("ok", "file", f"{path} {'holds no secret' if mode & 0o004 else 'is not for every user'}")
+    return Finding("ok", "file", f"{path} {'holds no secret' if mode & 0o004 else 'is closed to other users'}")
 
 
 def unbound(bind: str, port: int) -> OSError | None:
@@ -173,7 +173,7 @@ def exposure(config: Any) -> list[Finding]:
     for where, secret in secrets.items():
         if secret and is_weak(secret):
             said = f"{where} can be guessed: it is short, or like one of a sample"
-            found.append(Finding(level, "secret", said, f"set another: {FRESH}"))
+            found.append(Finding(level, "secret", said, f"set another {FRESH}"))
     if any(secrets.values()) and len(found) == 1:
         found.append(Finding("ok", "secret", "long enough"))
     return found + _origins(config.allowed_origins, mode) + _proxies(config.trusted_proxies)
@@ -187,7 +187,7 @@ def _origins(origins: Sequence[str], mode: str) -> list[Finding]:
     said = f"pages of {', '.join(origins)} may call"
     parts = [urlsplit(origin) for origin in origins]
     if mode == "none":
-        do = f"set gateway.auth.token: {FRESH}"
+        do = f"set gateway.auth.token {FRESH}"
         return [Finding("warning", "origins", f"{said}, and no secret is asked of them", do)]
     if any(it.scheme == "http" and it.hostname not in LOCAL for it in parts):
         do = "name https:// ones in gateway.http.allowedOrigins"

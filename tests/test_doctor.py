@@ -41,8 +41,8 @@ def busy(number: int = errno.EADDRINUSE) -> OSError:
 @pytest.mark.parametrize(
     ("mode", "secret", "level", "said"),
     [
-        (0o600, "gateway.auth.token", "ok", "is not for every user"),
-        (0o640, "gateway.auth.token", "ok", "is not for every user"),  # a group is chosen
+        (0o600, "gateway.auth.token", "ok", "is closed to other users"),
+        (0o640, "gateway.auth.token", "ok", "is closed to other users"),  # a group is chosen
         (0o644, "", "ok", "holds no secret"),
         (0o644, "gateway.auth.token", "warning", "every user may read /f, which holds gateway.auth.token"),
         (0o602, "", "error", "every user may write /f"),

@@ -193,8 +193,9 @@ def bare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_what_it_says_to_type(bare: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert gateway.main(["init", "--yes"]) == 0
-    wrote, *typed = capsys.readouterr().out.splitlines()
-    assert wrote.startswith(f"wrote {bare}/.copepod/copepod.json5, with a fresh token in it; the agent is echo, ")
+    wrote, what, *typed = capsys.readouterr().out.splitlines()
+    assert wrote == f"wrote {bare}/.copepod/copepod.json5, with a fresh token in it"
+    assert what.startswith("its agent is echo, which repeats")
     words = [shlex.split(line)[1:] for line in typed]
     assert words == [[PROGRAM[1], "gateway"], [PROGRAM[1], "agent", "--message", "Hello"]]
 
@@ -274,7 +275,7 @@ def test_the_program_is_named_as_it_was_called(
     monkeypatch.setenv("PATH", str(bare / "bin"))
     monkeypatch.setattr(sys, "argv", [program.format(bare)])
     assert gateway.main(["init", "--yes"]) == 0
-    assert capsys.readouterr().out.splitlines()[1] == f"  {typed.format(bare)} gateway"
+    assert capsys.readouterr().out.splitlines()[2] == f"  {typed.format(bare)} gateway"
 
 
 def test_a_port_that_is_taken_is_not_chosen(bare: Path, monkeypatch: pytest.MonkeyPatch) -> None:
