@@ -208,6 +208,47 @@ def _proxies(networks: Sequence[str]) -> list[Finding]:
     return [Finding("ok", "proxies", f"X-Forwarded-For is believed of {', '.join(networks)}")]
 
 
+async def _greeted(greet: Callable[[], Awaitable[tuple[str, Any, Any]]]) -> tuple[str, str]:
+    """The version and the troubles of our gateway, "" where what answers is not ours."""
+    try:
+        async with asyncio.timeout(SECONDS):
+            _, hello, health = await greet()
+        return str(hello["server"]["version"]), "; ".join(health.get("troubles") or ())
+    except Exception:  # it may be anything
+        return "", ""
+
+
+async def _opened(store: Any) -> str:
+    """Why the store cannot be opened, "" where it can."""
+    try:
+        await store.open()
+    except Exception as error:
+        return str(error)
+    finally:
+        await store.close()
+    return ""
+
+
+async def _asked(
+    config: Any, probe: Callable[..., Awaitable[Any]], request: Callable[..., Awaitable[Any]]
+) -> tuple[list[Finding], list[tuple[str, float]]]:
+    """The findings of the providers that agents use, and what `clock` takes."""
+    dates: list[tuple[str, float]] = []
+
+    async def noted(*args: Any) -> Any:
+        response = await request(*args)
+        dates.append((response.fields.get("date", ""), time.time()))
+        return response
+
+    used: dict[str, list[str]] = {}
+    for name, _, model in (m.partition("/") for agent in config.agents.values() for m in agent.models):
+        if name in config.providers:
+            used.setdefault(name, []).append(model)
+    named = [config.providers[name] for name in used]
+    probed = await asyncio.gather(*(probe(it.api, it.options, used[it.name], noted) for it in named))
+    return [provider(it.name, it.options, found) for it, found in zip(named, probed, strict=True)], dates
+
+
 async def examine(
     config: Any,
     secret: str,
@@ -224,41 +265,19 @@ async def examine(
     again; `probe(api, options, models, request)` looks at a provider. What they raise tells why not.
     """
     error, version, trouble = unbound(config.bind, config.port), "", ""
-    try:
-        if error is not None and error.errno == errno.EADDRINUSE:
-            async with asyncio.timeout(SECONDS):
-                _, hello, health = await greet()
-            version, trouble = str(hello["server"]["version"]), "; ".join(health.get("troubles") or ())
-    except Exception:  # whatever it is, it is not ours
-        version = ""
-    try:
-        if not version and os.path.exists(config.store):  # noqa: ASYNC240 (nobody else waits)
-            await store.open()
-    except Exception as e:
-        trouble = str(e)
-    finally:
-        await store.close()
-    dates: list[tuple[str, float]] = []
-
-    async def noted(*args: Any) -> Any:
-        response = await request(*args)
-        dates.append((response.fields.get("date", ""), time.time()))
-        return response
-
-    used: dict[str, list[str]] = {}
-    for name, _, model in (m.partition("/") for agent in config.agents.values() for m in agent.models):
-        if name in config.providers:
-            used.setdefault(name, []).append(model)
-    named = [config.providers[name] for name in used]
-    probed = await asyncio.gather(*(probe(it.api, it.options, used[it.name], noted) for it in named))
-    files = [permissions(config.path, os.stat(config.path).st_mode, secret)] if config.path else []
-    files += [permissions(config.tls[1], os.stat(config.tls[1]).st_mode, "a key")] if config.tls else []
+    if error is not None and error.errno == errno.EADDRINUSE:
+        version, trouble = await _greeted(greet)
+    if not version and os.path.exists(config.store):  # noqa: ASYNC240 (nobody else waits)
+        trouble = await _opened(store)
+    files = [(config.path, secret)] if config.path else []
+    files += [(config.tls[1], "a key")] if config.tls else []
+    asked, dates = await _asked(config, probe, request)
     return [
         *configuration(config.path, config.warnings),
-        *files,
+        *(permissions(path, os.stat(path).st_mode, held) for path, held in files),
         port(config.bind, config.port, error, version),
         state(config.store, trouble, bool(version)),
-        *(provider(it.name, it.options, found) for it, found in zip(named, probed, strict=True)),
+        *asked,
         clock(time.time(), dates),
         open_files(room, config.max_connections),
         *exposure(config),
