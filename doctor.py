@@ -230,7 +230,7 @@ async def _opened(store: Any) -> str:
 
 
 async def _asked(
-    config: Any, probe: Callable[..., Awaitable[Any]], request: Callable[..., Awaitable[Any]]
+    config: Any, probe_all: Callable[..., Awaitable[Mapping[str, Any]]], request: Callable[..., Awaitable[Any]]
 ) -> tuple[list[Finding], list[tuple[str, float]]]:
     """The findings of the providers that agents use, and what `clock` takes."""
     dates: list[tuple[str, float]] = []
@@ -240,13 +240,9 @@ async def _asked(
         dates.append((response.fields.get("date", ""), time.time()))
         return response
 
-    used: dict[str, list[str]] = {}
-    for name, _, model in (m.partition("/") for agent in config.agents.values() for m in agent.models):
-        if name in config.providers:
-            used.setdefault(name, []).append(model)
-    named = [config.providers[name] for name in used]
-    probed = await asyncio.gather(*(probe(it.api, it.options, used[it.name], noted) for it in named))
-    return [provider(it.name, it.options, found) for it, found in zip(named, probed, strict=True)], dates
+    known, models = config.providers, [model for agent in config.agents.values() for model in agent.models]
+    probed = await probe_all(known, models, noted)  # those that are not known have a warning
+    return [provider(name, known[name].options, found) for name, found in probed.items() if name in known], dates
 
 
 async def examine(
@@ -255,14 +251,14 @@ async def examine(
     room: int,
     greet: Callable[[], Awaitable[tuple[str, Any, Any]]],
     store: Any,
-    probe: Callable[..., Awaitable[Any]],
+    probe_all: Callable[..., Awaitable[Mapping[str, Any]]],
     request: Callable[..., Awaitable[Any]],
 ) -> list[Finding]:
     """The findings of a Config, which is a good configuration.
 
     `secret` names one that stands in its file, "" for none; `room` is how many connections the system allows; `greet`
     returns the address, greeting and health of the gateway that runs by it; `store`, its sessions, is opened and closed
-    again; `probe(api, options, models, request)` looks at a provider. What they raise tells why not.
+    again, and both may raise why not; `probe_all(providers, models, request)` looks at the providers of these models.
     """
     error, version, trouble = unbound(config.bind, config.port), "", ""
     if error is not None and error.errno == errno.EADDRINUSE:
@@ -271,7 +267,7 @@ async def examine(
         trouble = await _opened(store)
     files = [(config.path, secret)] if config.path else []
     files += [(config.tls[1], "a key")] if config.tls else []
-    asked, dates = await _asked(config, probe, request)
+    asked, dates = await _asked(config, probe_all, request)
     return [
         *configuration(config.path, config.warnings),
         *(permissions(path, os.stat(path).st_mode, held) for path, held in files),

@@ -967,7 +967,7 @@ def _command_doctor(options: Namespace) -> int:
     raise_file_limit()
     room, store = room_for(config.max_connections), sessions.Store(config.store, 1)
     greet = partial(_ask, options, "health", {})
-    found = asyncio.run(_asking(partial(doctor.examine, config, secret, room, greet, store, probes.probe)))
+    found = asyncio.run(_asking(partial(doctor.examine, config, secret, room, greet, store, probes.probe_all)))
     return cli.print_findings(found, options.json)
 
 

@@ -5,24 +5,33 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 MAX_LIST = 4 * 1024 * 1024  # bytes of a list of models; the longest ones known are below one
 SECONDS = 2.0  # for connection and answer
 
 
-class Response(Protocol):
-    """What `request` gives back; every failure of its connection is an OSError."""
+if TYPE_CHECKING:
 
-    status: int
+    class Response(Protocol):
+        """What `request` gives back; every failure of its connection is an OSError."""
 
-    async def read(self, limit: int) -> bytes: ...
+        status: int
 
-    def close(self) -> None: ...
+        async def read(self, limit: int) -> bytes: ...
 
+        def close(self) -> None: ...
 
-Request = Callable[[str, str, list[tuple[str, str]], bytes], Awaitable[Response]]
+    class Provider(Protocol):
+        """A provider of the configuration."""
+
+        @property
+        def api(self) -> str: ...
+        @property
+        def options(self) -> dict[str, Any]: ...
+
+    Request = Callable[[str, str, list[tuple[str, str]], bytes], Awaitable[Response]]
 
 
 class Finding(NamedTuple):
@@ -56,6 +65,19 @@ async def probe(
     except (OSError, ValueError) as error:  # the second: an address that only a request finds wrong
         return Finding(False, _trouble(error), ())
     return _told(status, listed, models)
+
+
+async def probe_all(
+    providers: Mapping[str, Provider], models: Iterable[str], request: Request, *, seconds: float = SECONDS
+) -> dict[str, Finding]:
+    """Return what is found, by name, of the providers of these models ("provider/model"), all asked at once."""
+    used: dict[str, list[str]] = {}
+    for name, _, model in (model.partition("/") for model in models):
+        used.setdefault(name, []).append(model)
+    known = {name: providers[name] for name in used if name in providers}
+    each = (probe(it.api, it.options, used[name], request, seconds=seconds) for name, it in known.items())
+    found = dict(zip(known, await asyncio.gather(*each), strict=True))
+    return {name: found.get(name, Finding(False, "not configured", ())) for name in used}
 
 
 def _openai(options: dict[str, Any]) -> tuple[str, dict[str, str]]:

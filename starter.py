@@ -7,7 +7,7 @@ import json
 import os
 import re
 from collections.abc import Awaitable, Callable, Mapping
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 LOCAL = (  # servers on the ports that they choose themselves
     ("ollama", "http://127.0.0.1:11434/v1"),
@@ -26,17 +26,18 @@ BASE = r"https?://[A-Za-z0-9_.:/\[\]~%-]{1,200}"
 NO_TALKERS = "embed|rerank|whisper|tts|dall-e|image|moderation|realtime|transcribe|audio|sora|babbage|davinci"
 
 
-class Response(Protocol):
-    """What `request` gives back; every failure of its connection is an OSError."""
+if TYPE_CHECKING:
 
-    status: int
+    class Response(Protocol):
+        """What `request` gives back; every failure of its connection is an OSError."""
 
-    async def read(self, limit: int) -> bytes: ...
+        status: int
 
-    def close(self) -> None: ...
+        async def read(self, limit: int) -> bytes: ...
 
+        def close(self) -> None: ...
 
-Request = Callable[[str, str, list[tuple[str, str]], bytes], Awaitable[Response]]
+    Request = Callable[[str, str, list[tuple[str, str]], bytes], Awaitable[Response]]
 
 
 class Offer(NamedTuple):

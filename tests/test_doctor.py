@@ -360,10 +360,12 @@ def test_the_troubles_of_the_running_gateway_are_told(tmp_path: Path) -> None:
             number = taken.getsockname()[1]
             config = gateway.load_config(None, {"HOME": str(tmp_path)}, [("gateway.port", str(number))])
 
-            async def probe(*args: Any) -> Probed:
-                return Probed(True, "there")
+            async def probe_all(*args: Any) -> dict[str, Probed]:
+                return {"echo": Probed(True, "there"), "gone": Probed(False, "not configured")}
 
-            found = await doctor.examine(config, "", 2000, greet, None, probe, probe)  # nor is its store touched
+            # neither is its store opened, nor anyone asked
+            found = await doctor.examine(config, "", 2000, greet, None, probe_all, probe_all)
+        assert [it for it in found if it.about == "provider"] == [("ok", "provider", "echo: there", "")]
         assert ("error", "state", "a session could not be stored", "see the log of the running gateway") in found
 
     run(main())

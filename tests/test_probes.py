@@ -7,10 +7,11 @@ import json
 import socket
 import ssl
 import sys
+from typing import Any, NamedTuple
 
 import pytest
 
-from probes import Finding, probe
+from probes import Finding, probe, probe_all
 
 KEY = "sk-very-secret-key"
 BASE = {"baseUrl": "http://model.example/v1/", "apiKey": KEY, "headers": {}}
@@ -146,3 +147,39 @@ def test_what_is_part_of_the_gateway_is_there(api):
     server = Server()
     assert found(server, api=api, options={}) == Finding(True, "part of the gateway", ())
     assert not server.asked
+
+
+class Provider(NamedTuple):
+    api: str
+    options: dict[str, Any]
+
+
+def test_all_are_asked_at_once():
+    """One that hangs keeps nobody waiting but itself, and then not for long."""
+    providers = {
+        "hangs": Provider("openai-completions", {"baseUrl": "http://hangs/v1"}),
+        "there": Provider("openai-completions", {"baseUrl": "http://there/v1"}),
+        "echo": Provider("echo", {}),
+        "unused": Provider("command", {"command": "no-such-program"}),
+    }
+    models = ["there/a/b", "hangs/x", "there/qwen", "echo/", "gone/x", "there/a/b"]
+
+    async def main():
+        server, asked = Server(), asyncio.Event()
+
+        async def request(method, url, fields, body):
+            if "hangs" not in url:
+                asked.set()
+                return await server.request(method, url, fields, body)
+            await asked.wait()
+            return await asyncio.get_running_loop().create_future()
+
+        async with asyncio.timeout(10):
+            return await probe_all(providers, models, request, seconds=0.05)
+
+    assert asyncio.run(main()) == {
+        "there": Finding(True, "reachable, but it lists no qwen", ("qwen",)),
+        "hangs": Finding(False, "gives no answer within 0.05 seconds", ()),
+        "echo": Finding(True, "part of the gateway", ()),
+        "gone": Finding(False, "not configured", ()),
+    }
