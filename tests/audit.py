@@ -37,6 +37,7 @@ POWERS = {
 # What for a file uses names of the first kind.
 UNSAID = "?"
 REACH = {
+    "doctor.py": "tries for a moment whether `gateway.port` is free",
     "gateway.py": "listens at `gateway.port` (without it 18789) of `gateway.bind` (without it loopback) alone",
     "pool.py": "connects to the `baseUrl` of model servers",
     "rfc6455.py": "connects to a running gateway, for the commands that call one",

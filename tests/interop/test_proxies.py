@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-import chat_completions
+import chat_answers
 import control
 import gateway
 import rfc6455
@@ -238,8 +238,8 @@ def test_a_client_that_leaves_ends_its_run(
 def test_a_silent_stream_is_heard(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its comments come one by one, so that neither end takes it for dead."""
     monkeypatch.setattr(gateway, "SWEEP_SECONDS", 0.02)
-    monkeypatch.setattr(chat_completions, "HOLD_SECONDS", 0.02)
-    monkeypatch.setattr(chat_completions, "SILENCE_SECONDS", 0.05)
+    monkeypatch.setattr(chat_answers, "HOLD_SECONDS", 0.02)
+    monkeypatch.setattr(chat_answers, "SILENCE_SECONDS", 0.05)
 
     async def main() -> None:
         async with fronted(name, tmp_path, monkeypatch) as front, front.client() as client:
