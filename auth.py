@@ -55,6 +55,10 @@ class Caller(NamedTuple):
         """Whether it may ask for runs at all."""
         return not self.scopes.isdisjoint((CHAT, WRITE, ADMIN))
 
+    def may_read(self) -> bool:
+        """Whether it may read what is told of the whole gateway."""
+        return not self.scopes.isdisjoint((READ, WRITE, ADMIN))
+
     def same_as(self, other: Caller | None) -> bool:
         """Whether the other has the same credential and rights; how long and how often is left out."""
         if other is None:

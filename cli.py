@@ -374,10 +374,19 @@ def set_logging(level: str, form: str) -> None:
     logger.propagate = False
 
 
+def session_digest(place: Sequence[str]) -> str:
+    """Returns eight digits by which the log names a conversation, whose key may be a person's name."""
+    from hashlib import sha256  # here: it brings OpenSSL with it
+
+    return sha256("\0".join(place).encode("utf-8", "replace")).hexdigest()[:8]
+
+
 def access_log(form: str) -> Callable[..., None]:
     """Returns what writes a line of "text" or "json" to stderr for each answered request.
 
-    The lines of a moment are written at once, since a write for each would cost a tenth of what an answer does.
+    `run` is the one that was asked for, if any: of its `lane`, a digest is written where the conversation is kept, of
+    its `usage` the tokens. The lines of a moment are written at once, since a write for each would cost a tenth of what
+    an answer does.
     """
     import asyncio
     import atexit
@@ -395,19 +404,26 @@ def access_log(form: str) -> Callable[..., None]:
     atexit.register(flush)
 
     def write(
-        request_id: str, client: str, method: str, path: str, status: int, sent: int, ms: float, agent: str, token: str
-    ) -> None:
+        request_id: str, client: str, method: str, path: str, status: int, sent: int, ms: float, agent: str, token: str,
+        run: Any = None,
+    ) -> None:  # fmt: skip
         nonlocal second, clock
         if not lines:
             asyncio.get_running_loop().call_later(LOG_SECONDS, flush)
+        session, usage = ("-", None) if run is None else (session_digest(run.lane) if run.stored else "-", run.usage)
         if form == "json":
             fields = {"time": time.time(), "id": request_id, "client": client, "method": method, "path": path}
             fields |= {"status": status, "bytes": sent, "ms": round(ms, 1), "agent": agent, "token": token}
+            fields["session"] = session
+            if usage:
+                fields |= {"promptTokens": usage["prompt_tokens"], "completionTokens": usage["completion_tokens"]}
             lines.append(json.dumps(fields) + "\n")
             return
         if second != (now := int(time.time())):
             second, clock = now, time.strftime("%Y-%m-%d %H:%M:%S")
-        lines.append(f"{clock} {request_id} {client} {method} {path} {status} {sent} {ms:.1f} {agent} {token}\n")
+        tokens = f"{usage['prompt_tokens']}/{usage['completion_tokens']}" if usage else "-"
+        said = f"{status} {sent} {ms:.1f} {agent} {token} {session} {tokens}"
+        lines.append(f"{clock} {request_id} {client} {method} {path} {said}\n")
 
     return write
 

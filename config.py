@@ -204,7 +204,8 @@ ROOT: dict[str, Table] = {
                     "enabled": FLAG._replace(default=False),
                     "sessionHeaders": [FIELD],
                     "sessionFrom": _choice("user", "user", "header", "none"),
-                }
+                },
+                "metrics": {"enabled": FLAG._replace(default=False), "auth": FLAG._replace(default=True)},
             },
         },
         "tls": {"enabled": FLAG, "cert": TEXT, "key": TEXT, "certPath": TEXT, "keyPath": TEXT},
@@ -296,6 +297,8 @@ class Config(NamedTuple):
     chat_completions: bool
     session_headers: tuple[str, ...]
     session_from: str  # "user", "header" or "none"
+    metrics: bool
+    metrics_auth: bool
     tls: tuple[str, str] | None
     agents: dict[str, Agent]
     default_agent: str
@@ -322,6 +325,7 @@ FIELDS = {
     "chat_completions": "gateway.http.endpoints.chatCompletions.enabled",
     "session_headers": "gateway.http.endpoints.chatCompletions.sessionHeaders",
     "session_from": "gateway.http.endpoints.chatCompletions.sessionFrom",
+    "metrics": "gateway.http.endpoints.metrics.enabled", "metrics_auth": "gateway.http.endpoints.metrics.auth",
     "max_concurrent": "agents.defaults.maxConcurrent",
     "store": "session.store", "max_messages": "session.maxMessages",
     "log_level": "logging.level", "log_format": "logging.format",

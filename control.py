@@ -36,6 +36,7 @@ INVALID, UNAVAILABLE = "INVALID_REQUEST", "UNAVAILABLE"
 POLICY, PROTOCOL_ERROR, RESTART = 1008, 1002, 1012  # close codes, RFC 6455 7.4.1 and the registry
 
 Dict = dict[str, Any]
+Asked = tuple[str, str]  # by which method, and from which address
 Answer = dict[str, Any] | list[Any] | None  # a payload
 LATER: Dict = {}  # of a method that answers by itself
 Handler = Callable[["Client", str, Dict], Awaitable[Answer]]
@@ -129,7 +130,17 @@ if TYPE_CHECKING:
         def key(self, run: Any) -> str: ...  # of its session
         def bare(self, key: str) -> tuple[Hub, str]: ...  # its owner's Hub, and as it is known there
         def parse(self, message: str | bytes) -> Dict: ...
-        def accept(self, agent: str, key: str, message: str, *, system: str, run_id: str, timeout: float) -> Any: ...
+        def accept(
+            self,
+            agent: str,
+            key: str,
+            message: str,
+            *,
+            system: str,
+            run_id: str,
+            timeout: float,
+            asked: tuple[str, str],
+        ) -> Any: ...  # `asked`: by which method, and from which address
         def stop(self, run: Any, reason: str) -> bool: ...  # False: it has ended, or is being stored
         def active(self) -> Collection[Run]: ...
         async def find(self, session_id: str) -> tuple[str, str] | None: ...  # a stored session's agent and key
@@ -511,7 +522,8 @@ class Control:
             to = f"direct:{params['to']}" if "to" in params else "main"
             key = f"agent:{agent or hub.default_agent}:{to}"
         place = self._session(hub, "agent", key, agent)
-        job, _ = self._job(client, params, place, params.get("extraSystemPrompt", ""), params.get("timeout", 0))
+        system, timeout = params.get("extraSystemPrompt", ""), params.get("timeout", 0)
+        job, _ = self._job(client, "agent", params, place, system, timeout)
         if job.payload is None:
             if len(job.then) >= MAX_WAITS:
                 raise Refusal(UNAVAILABLE, f"{MAX_WAITS} requests of this idempotencyKey are open", retryable=True)
@@ -532,14 +544,14 @@ class Control:
 
     async def _chat_send(self, client: Client, id: str, params: Dict) -> Answer:
         place = self._session(client.hub, "chat.send", params["sessionKey"])
-        job, new = self._job(client, params, place, "", params.get("timeoutMs", 0) / 1000)
+        job, new = self._job(client, "chat.send", params, place, "", params.get("timeoutMs", 0) / 1000)
         if job.payload is None:
             return {"runId": job.id, "status": "started" if new else "in_flight"}
         client.end(id, job)
         return LATER
 
     def _job(
-        self, client: Client, params: Dict, place: tuple[str, str], system: str, timeout: float
+        self, client: Client, method: str, params: Dict, place: tuple[str, str], system: str, timeout: float
     ) -> tuple[Job, bool]:
         """Return the run of this idempotency key of this owner, and whether it is new. Refusal.
 
@@ -551,7 +563,8 @@ class Control:
             return job, False
         if job is not None or any(run.id == key and run.owner == owner for run in hub.active()):
             raise Refusal(INVALID, "this idempotencyKey is of a run in another session: use a fresh one")
-        run = hub.accept(*place, params["message"], system=system, run_id=key, timeout=timeout)
+        asked = (method, client.address)
+        run = hub.accept(*place, params["message"], system=system, run_id=key, timeout=timeout, asked=asked)
         return self._jobs.add(run), True
 
     async def _agent_wait(self, client: Client, id: str, params: Dict) -> Answer:

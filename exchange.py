@@ -55,8 +55,8 @@ class Exchange:
     """One request and its answer. `wire` has HTTP/1.1's functions, which raise its errors."""
 
     __slots__ = (
-        "agent", "bodiless", "caller", "client", "close", "connection", "fields", "id", "read", "request", "sent",
-        "started", "status", "wire",
+        "agent", "bodiless", "caller", "client", "close", "connection", "fields", "id", "read", "request", "run",
+        "sent", "started", "status", "wire",
     )  # fmt: skip
 
     def __init__(self, connection: Any, wire: Wire) -> None:
@@ -66,6 +66,7 @@ class Exchange:
         self.client = connection.peer
         self.agent = self.caller = "-"  # the second: the name of the caller's token
         self.fields: list[tuple[str, str]] = [("x-request-id", self.id)]
+        self.run: Any = None  # that it asked for
         self.started = now()
         self.status = 0  # as answered; 0: not yet
         self.sent = 0  # bytes of the body
@@ -86,10 +87,12 @@ class Exchange:
         fields, self.fields = (*fields, *self.fields), []  # a stream may be long
         return self.wire.head(status, fields)
 
-    def send(self, status: int, body: bytes, fields: Iterable[tuple[str, str]] = ()) -> bool:
-        """Answer with `body`, JSON, which is left out for HEAD. True: too much is unsent, drain first."""
+    def send(
+        self, status: int, body: bytes, fields: Iterable[tuple[str, str]] = (), type: tuple[str, str] = JSON
+    ) -> bool:
+        """Answer with `body`, left out for HEAD; `type` is its Content-Type. True: too much is unsent, drain first."""
         if status != 204:
-            self.fields += (JSON, ("Content-Length", str(len(body))))
+            self.fields += (type, ("Content-Length", str(len(body))))
         head = self.head(status, fields)
         if self.bodiless or (self.request is not None and self.request.method == "HEAD"):
             body = b""

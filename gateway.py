@@ -34,6 +34,7 @@ if TYPE_CHECKING or not __package__:  # a checkout: the files lie beside this on
     import http1
     import image_parts
     import jobs
+    import metrics
     import model_server
     import openai_completions
     import pool
@@ -67,6 +68,7 @@ else:  # installed or vendored: they are modules of this package
         http1,
         image_parts,
         jobs,
+        metrics,
         model_server,
         openai_completions,
         pool,
@@ -265,7 +267,10 @@ class Desk:
     def admit(self, given: Mapping[str, str], client: str, fields: Mapping[str, str]) -> auth.Verdict:
         gate = self._gateway.house.gate
         secret = given.get(gate.mode) or (given.get("token") if gate.named else None)
-        return gate.admit(secret, client, fields)
+        verdict = gate.admit(secret, client, fields)
+        if verdict.caller is None:
+            self._gateway.count_refusal(chat.credential_error(gate.mode, verdict.retry_after, verdict.missing))
+        return verdict
 
     def of(self, caller: auth.Caller) -> Desk:
         return Desk(self._gateway, caller) if caller.name else self
@@ -286,18 +291,27 @@ class Desk:
         except APIError as e:
             raise control.Refusal(control.INVALID, f"invalid request frame. {e.message}") from None
 
-    def accept(self, agent: str, key: str, message: str, *, system: str, run_id: str, timeout: float) -> runs.Run:
+    def accept(
+        self, agent: str, key: str, message: str, *, system: str, run_id: str, timeout: float, asked: control.Asked
+    ) -> runs.Run:
         gateway, target = self._gateway, chat.Target(agent, key, True)
         messages = [{"role": "user", "content": message}]
         try:
             ids = (run_id, "")
             caller = self._caller
-            return gateway.accept(gateway.house, target, message, messages, system, None, ids, timeout or None, caller)
+            run = gateway.accept(gateway.house, target, message, messages, system, None, ids, timeout or None, caller)
         except runs.RunError as e:
+            gateway.count_refusal(chat.run_error(e.kind, str(e), e.retry_after, e.taken))
             raise control.Refusal(**jobs.told(e.kind, str(e), e.retry_after)) from None
+        run.asked = asked
+        return run
 
     async def drive(self, run: runs.Run) -> dict[str, Any] | None:
-        kind, data = await self._gateway.runs.drive(run)
+        kind, data = runs.CANCELLED  # unless it ends by itself
+        try:
+            kind, data = await self._gateway.runs.drive(run)
+        finally:
+            self._gateway.log_run(run, "" if kind == "end" else str(data["kind"]))
         return data if kind == "error" else None
 
     def stop(self, run: runs.Run, reason: str) -> bool:
@@ -351,6 +365,9 @@ class Gateway:
         self.upgraded: set[Connection] = set()  # those of them that are WebSockets
         self.port = 0
         self.access_log: Callable[..., None] | None = None  # see cli.access_log
+        self.refusals: dict[str, int] = {}  # how many of which code or type
+        self.metrics: metrics.Metrics | None = None
+        self._measure()
         self._server: asyncio.Server | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._max_connections = config.max_connections
@@ -462,6 +479,12 @@ class Gateway:
             self._revoke(old, house.gate)
         self.runs.max_concurrent = config.max_concurrent
         self.runs.fill()
+        self._measure()
+
+    def _measure(self) -> None:
+        """Begin to count, or go on, or stop, as the configuration says."""
+        fresh = self.metrics or metrics.Metrics(VERSION, self.created, chat.ERRORS)
+        self.metrics = self.runs.meter = fresh if self.house.config.metrics else None
 
     def _revoke(self, old: auth.Gate, gate: auth.Gate) -> None:
         """End what those do who may no longer what they could: their WebSockets, and the runs of named tokens."""
@@ -564,7 +587,13 @@ class Gateway:
             type_ = "server_error" if error.status == 501 else "invalid_request_error"
             x.bodiless = error.bodiless
             error = APIError(error.status, error.message, type=type_)
+        self.count_refusal(error)
         x.send(error.status, error.body(), error.fields)
+
+    def count_refusal(self, error: APIError) -> None:
+        """Count an answer that is an error, by its code or type."""
+        reason = error.code or error.type
+        self.refusals[reason] = self.refusals.get(reason, 0) + 1
 
     async def _answer(self, x: Exchange, request: http1.Request) -> None:
         """Judge in the order of the contract, and answer. APIError, HTTPError: the refusal."""
@@ -589,6 +618,11 @@ class Gateway:
         elif path in ("/healthz", "/readyz"):
             self._check_method(request, "GET", "HEAD")
             self._health(x, path)
+        elif path == "/metrics" and (measured := self.metrics) is not None:
+            self._check_method(request, "GET", "HEAD")
+            if house.config.metrics_auth:
+                self._check_credential(x, request, house, auth.READ)
+            x.send(200, measured.text(*self._gauges(), self.refusals), type=("Content-Type", metrics.MEDIA_TYPE))
         elif path == "*":
             x.send(204, b"", [("Allow", "GET, HEAD, POST, OPTIONS")])
         else:
@@ -651,7 +685,16 @@ class Gateway:
             names = ", ".join(allowed)
             raise APIError(405, f"{request.path} answers {names} only.", fields=[("Allow", names)])
 
-    def _check_credential(self, x: Exchange, request: http1.Request, house: House) -> auth.Caller:
+    def _gauges(self) -> tuple[dict[str, int], dict[str, int]]:
+        """Return how many runs, and how many connections, there are of each kind now."""
+        active = sum(run.placed for run in self.runs.active)
+        upgraded = len(self.upgraded)
+        kinds = {"http": len(self.connections) - upgraded, "websocket": upgraded}
+        return {"active": active, "queued": len(self.runs.active) - active}, kinds
+
+    def _check_credential(
+        self, x: Exchange, request: http1.Request, house: House, scope: str = auth.CHAT
+    ) -> auth.Caller:
         fields = request.fields
         verdict = house.gate.admit(auth.bearer(fields.get("authorization")), x.client, fields)
         caller = verdict.caller
@@ -660,15 +703,19 @@ class Gateway:
             raise chat.credential_error(mode, verdict.retry_after, verdict.missing, verdict.expired)
         if caller.name:
             x.caller = caller.name
-            if not caller.may_chat():
-                raise APIError(403, "This token lacks the scope `chat`.", type="permission_error")
+            if not (caller.may_chat() if scope == auth.CHAT else caller.may_read()):
+                raise APIError(403, f"This token lacks the scope `{scope}`.", type="permission_error")
         return caller
 
     def _health(self, x: Exchange, path: str) -> None:
-        if path == "/readyz" and (self.draining or not self.ready):
-            raise _overloaded(GOING_DOWN)
-        lost = path == "/readyz" and self.runs.store_error
-        x.send(200, b'{"status":"degraded","store":"a session could not be kept"}' if lost else b'{"status":"ok"}')
+        if path == "/healthz":
+            x.send(200, b'{"status":"ok"}')
+            return
+        if self.draining or not self.ready:
+            raise _overloaded(GOING_DOWN if self.draining else "The gateway is starting.")
+        store = b"a session could not be kept" if self.runs.store_error else b"ok"
+        status = b"degraded" if self.runs.store_error else b"ok"
+        x.send(200, b'{"status":"%b","listening":"ok","store":"%b"}' % (status, store))
 
     def _models(self, x: Exchange, path: str, directory: chat.Directory) -> None:
         if path == "/v1/models":
@@ -697,6 +744,7 @@ class Gateway:
         try:
             ids = (f"chatcmpl_{uuid}", uuid)
             run = self.accept(house, target, call.message, call.messages, call.system, call.params, ids, caller=caller)
+            x.run = run
             if call.stream:
                 unsent = c.transport.get_write_buffer_size
                 asked = (call.model, call.include_usage, call.include_events)
@@ -777,10 +825,23 @@ class Gateway:
             raise runs.RunError("limited", message, retry_after=left)
 
     def _log(self, x: Exchange) -> None:
-        if self.access_log is not None and (x.request is not None or x.status):
-            method, path = (x.request.method, x.request.path[:100]) if x.request is not None else ("-", "-")
+        if x.request is None and not x.status:
+            return
+        method, path = (x.request.method, x.request.path[:100]) if x.request is not None else ("-", "-")
+        if self.metrics is not None:
+            self.metrics.request(path, method, x.status)
+        if self.access_log is not None:
             ms = (now() - x.started) * 1000
-            self.access_log(x.id, x.client, method, path, x.status, x.sent, ms, x.agent, x.caller)
+            self.access_log(x.id, x.client, method, path, x.status, x.sent, ms, x.agent, x.caller, x.run)
+
+    def log_run(self, run: runs.Run, failed: str) -> None:
+        """Log a run that the gateway protocol asked for, and the kind of its failure as HTTP's status for it."""
+        if self.access_log is None:
+            return
+        (method, client), ms = run.asked, (now() - run.begun) * 1000
+        status = chat.ERRORS.get(failed, chat.ERRORS["internal"])[0] if failed else 200
+        about = ("WS", method, status, len("".join(run.answer).encode()), ms, run.agent_id, run.owner or "-")
+        self.access_log(chat.printable(run.id).replace(" ", "%20"), client, *about, run)
 
 
 # The program

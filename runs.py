@@ -33,6 +33,7 @@ Provider = Callable[[dict[str, Any]], AsyncIterator[Any]]
 Take = Callable[[str, Any], bool]  # (kind, data) of an event; True: the reader is slow
 
 log = logging.getLogger("copepod")
+now = time.monotonic
 
 
 class RunError(Exception):
@@ -54,12 +55,15 @@ def namespace(owner: str) -> str:
 
 
 class Run:
-    """One turn of one agent in one session. `session_key` is its key as its owner knows it, `lane` as it is stored."""
+    """One turn of one agent in one session. `session_key` is its key as its owner knows it, `lane` as it is stored.
+
+    `asked` is there where the gateway protocol asked for it: by which method, and from which address.
+    """
 
     __slots__ = (
-        "agent_id", "answer", "calls", "cancels", "deadline", "ended_at", "finish_reason", "gate", "gone", "id",
-        "lane", "logprobs", "lost", "outside", "owner", "placed", "provider", "providers", "room", "said",
-        "session_key", "spoken", "started_at", "stopping", "stored", "task", "thoughts", "turn", "usage",
+        "agent_id", "answer", "asked", "begun", "calls", "cancels", "deadline", "ended_at", "finish_reason", "gate",
+        "gone", "id", "lane", "logprobs", "lost", "outside", "owner", "placed", "provider", "providers", "room", "said",
+        "session_key", "spoken_at", "started_at", "stopping", "stored", "task", "thoughts", "turn", "usage",
     )  # fmt: skip
 
     def __init__(
@@ -79,6 +83,7 @@ class Run:
         owner: str = "",
     ) -> None:
         self.id = run_id or _new_id()
+        self.asked: tuple[str, str]
         self.agent_id, self.session_key, self.providers, self.stored = agent_id, session_key, providers, stored
         self.owner = owner  # the name of the token that it was asked for with
         stored_key = namespace(owner) + session_key if owner else session_key
@@ -94,7 +99,8 @@ class Run:
             "model": "",
         }
         self.lane = (agent_id, stored_key)
-        self.deadline = time.monotonic() + timeout
+        self.begun = now()
+        self.deadline = self.begun + timeout
         self.usage: dict[str, int] = {}  # OpenAI's names; empty where nothing was measured
         self.finish_reason = "stop"
         self.provider = ""  # the name of the one that answers
@@ -107,7 +113,7 @@ class Run:
         self.task: asyncio.Task[Any] | None = None  # the one that drives it
         self.gate: asyncio.Future[None] | None = None  # what it waits for in the queue
         self.placed = False  # it has one of the gateway's places
-        self.spoken = False  # a word or a tool's doing has gone out: no other model may begin anew
+        self.spoken_at = 0.0  # when a word or a tool's doing first went out: since then no other model may begin anew
         self.stopping: RunError | None = None  # why it is ended from outside
         self.cancels = 0  # of such an end, not yet taken back
         self.outside = False  # it waits for its reader, not for its agent
@@ -145,7 +151,8 @@ class Run:
         self.room -= size
         if self.room < 0:
             raise RunError("upstream", "The agent's answer is too long.", taken=True)
-        self.spoken = True
+        if not self.spoken_at:
+            self.spoken_at = now()
         return event
 
     def _list(self, name: str) -> list[Any]:
@@ -280,6 +287,7 @@ class Runs:
         self.max_concurrent = max_concurrent
         self.observers: list[Callable[[Run, Event], None]] = []
         self.active: set[Run] = set()  # accepted and not ended
+        self.meter: Any = None  # `ended(run, event)` is called at each end, `failed(provider, kind)` where one fails
         self.store_error = ""  # why the last turn of a session could not be read or written
         self._load, self._save, self._check = load, save, check
         self._lanes: dict[tuple[str, str], list[Run]] = {}  # the first of a lane runs, or waits for a place
@@ -366,6 +374,7 @@ class Runs:
         resource, and is raised again.
         """
         run.task = asyncio.current_task()
+        event = CANCELLED
         try:
             self._tell(run, ACCEPTED)
             if run.stopping is not None:
@@ -387,13 +396,17 @@ class Runs:
             if run.usage:
                 self._tell(run, ("usage", run.usage))
             run.ended_at = time.time()
-            return self._tell(run, ("end", run.finish_reason))
+            event = ("end", run.finish_reason)
+            return self._tell(run, event)
         except BaseException as e:  # an agent may raise anything, and make up a cancel or an exit
             if run.left(e):
                 self._tell(run, CANCELLED)
                 raise
-            return self._tell(run, ("error", failure(run, run.stopping or e)))
+            event = ("error", failure(run, run.stopping or e))
+            return self._tell(run, event)
         finally:
+            if self.meter is not None:
+                self.meter.ended(run, event)
             if run.cancels:
                 run.uncancel()
             self.release(run)
@@ -420,7 +433,10 @@ class Runs:
                         raise run.stopping
                 return
             except BaseException as e:
-                last = run.left(e) or run.spoken or run.stopping is not None or n == len(run.providers)
+                ended = run.left(e) or run.stopping is not None
+                last = ended or run.spoken_at or n == len(run.providers)
+                if self.meter is not None and not ended:
+                    self.meter.failed(name, getattr(e, "kind", "internal"))
                 await _close(words)
                 if last:
                     raise

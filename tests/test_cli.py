@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import hashlib
 import io
 import json
 import logging
 import os
 import sys
 from contextlib import suppress
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -117,9 +119,7 @@ def test_what_the_commands_get(argv: tuple[str, ...], expected: dict[str, Any]) 
         (("--set", "=1"), "--set =1: must be PATH=VALUE"),
     ],
 )
-def test_wrong_usage_is_one_line_and_2(
-    argv: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_wrong_usage_is_one_line_and_2(argv: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(argv, {}, "1.2.3") == 2
     out, err = capsys.readouterr()
     assert out == ""
@@ -520,16 +520,42 @@ def test_the_log(capsys: pytest.CaptureFixture[str]) -> None:
     assert got == {"level": "info", "logger": "copepod.access", "message": 'a "quote"\n'}
 
 
+def ran(stored: bool, usage: dict[str, int]) -> Any:
+    return SimpleNamespace(lane=("main", "token:bob:k\u00e4y"), stored=stored, usage=usage)
+
+
+# How a line ends, and what its JSON has besides: by the place of the conversation and the tokens.
+DIGEST = hashlib.sha256(b"main\0token:bob:k\xc3\xa4y").hexdigest()[:8]
+ENDS: list[tuple[tuple[Any, ...], str, dict[str, Any]]] = [
+    ((), "- -", {"session": "-"}),
+    ((ran(False, {}),), "- -", {"session": "-"}),
+    ((ran(True, {}),), f"{DIGEST} -", {"session": DIGEST}),
+    (
+        (ran(True, {"prompt_tokens": 5, "completion_tokens": 7, "total_tokens": 12}),),
+        f"{DIGEST} 5/7",
+        {"session": DIGEST, "promptTokens": 5, "completionTokens": 7},
+    ),
+]
+
+
+@pytest.mark.parametrize(("more", "end", "fields"), ENDS)
 @pytest.mark.parametrize("form", ["text", "json"])
-def test_the_access_log(form: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """The lines of a moment are written together, the first ones of the next moment later."""
+def test_the_access_log(
+    form: str,
+    more: tuple[Any, ...],
+    end: str,
+    fields: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The lines of a moment are written together, the first ones of the next moment later; no line has a key."""
     flushes: list[Any] = []
     monkeypatch.setattr(atexit, "register", flushes.append)
 
     async def main() -> None:
         write = cli.access_log(form)
         for _ in range(2):
-            write("req_1", "127.0.0.1", "GET", "/a", 200, 12, 1.25, "main", "bob")
+            write("req_1", "127.0.0.1", "GET", "/a", 200, 12, 1.25, "main", "bob", *more)
         assert capsys.readouterr().err == ""
         flushes[0]()  # as the loop's timer does, and the end of the program
 
@@ -537,7 +563,7 @@ def test_the_access_log(form: str, monkeypatch: pytest.MonkeyPatch, capsys: pyte
     first, second = capsys.readouterr().err.splitlines()
     if form == "text":
         assert first == second
-        assert first.endswith(" req_1 127.0.0.1 GET /a 200 12 1.2 main bob")
+        assert first.endswith(f" req_1 127.0.0.1 GET /a 200 12 1.2 main bob {end}")
     else:
         got = json.loads(first)
         assert got.pop("time") > 1e9
@@ -551,7 +577,12 @@ def test_the_access_log(form: str, monkeypatch: pytest.MonkeyPatch, capsys: pyte
             "ms": 1.2,
             "agent": "main",
             "token": "bob",
+            **fields,
         }
+
+
+def test_a_lone_surrogate_in_a_key_breaks_no_line() -> None:
+    assert len(cli.session_digest(("main", "\ud800"))) == 8
 
 
 def test_importing_it_is_cheap() -> None:

@@ -249,7 +249,7 @@ def test_the_access_log_says_whose_token_it_was() -> None:
                 pass
             while len(lines) < 5:
                 await asyncio.sleep(0)
-        seen = [(line[4], *line[7:]) for line in lines]
+        seen = [(line[4], *line[7:9]) for line in lines]
         assert seen == [(200, "beta", "alice"), (401, "-", "-"), (200, "main", "-"), (401, "-", "-"), (101, "-", "bob")]
 
     run(main())
@@ -722,8 +722,8 @@ def test_sighup_revokes(tmp_path: Path) -> None:
                     call.done.set()
                     assert (await late).text == "done"
                     await bob.ask("agents.list")
-                assert " 101 " in (line := await served.logged(" bob\n"))
-                assert line.endswith(" - bob\n")
+                assert " 101 " in (line := await served.logged(" bob - -\n"))
+                assert line.endswith(" - bob - -\n")
                 served.process.terminate()
                 assert await served.ended() == 0
 

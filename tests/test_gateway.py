@@ -604,11 +604,11 @@ def test_a_turn_that_cannot_be_kept(monkeypatch: pytest.MonkeyPatch) -> None:
             answer = await ask(hub, user="u")
             assert (answer.text, answer.fields["x-copepod-store"]) == ("hi", "failed")
             ready = await client.ask("GET", "/readyz")
-            assert ready.json == {"status": "degraded", "store": "a session could not be kept"}
+            assert ready.json == {"status": "degraded", "listening": "ok", "store": "a session could not be kept"}
             assert (await client.ask("GET", "/healthz")).json == {"status": "ok"}
             hub.store._closed = False
             assert "x-copepod-store" not in (await ask(hub, user="u")).fields
-            assert (await client.ask("GET", "/readyz")).json == {"status": "ok"}
+            assert (await client.ask("GET", "/readyz")).json == {"status": "ok", "listening": "ok", "store": "ok"}
 
     run(main())
 

@@ -217,7 +217,7 @@ def test_whoever_is_cut_off_at_the_end_has_a_name_in_the_log() -> None:
             async with connected(hub, auth={"token": "of bob"}):
                 hub.hurry()
                 await hub.stop(0)
-        assert [(line[4], line[-1]) for line in lines] == [(101, "bob")]
+        assert [(line[4], line[8]) for line in lines] == [(101, "bob")]
 
     run(main())
 

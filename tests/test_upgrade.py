@@ -921,7 +921,9 @@ def test_a_run_that_has_only_been_accepted_is_ended_too(monkeypatch: pytest.Monk
 
     async def main() -> None:
         async with serving() as hub, connected(hub) as peer:
-            job = hub.jobs.add(gateway.Desk(hub).accept("main", "k", "hi", system="", run_id="r", timeout=1))
+            job = hub.jobs.add(
+                gateway.Desk(hub).accept("main", "k", "hi", system="", run_id="r", timeout=1, asked=("agent", ""))
+            )
             await hub.stop(0)  # its task has not had a turn yet
             assert job.payload is not None
             assert job.payload["summary"] == "The gateway is going down."
