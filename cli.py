@@ -272,27 +272,51 @@ class Answer:
 
 
 def print_health(address: str, hello: Any, payload: Any, as_json: bool) -> int:
-    """Prints what a gateway's greeting and its answer to `health` or `status` tell; returns the exit status."""
+    """Prints what a gateway's greeting and its answer to `health` or `status` tell; returns the exit status.
+
+    1: something is wrong, or a provider that was looked for is not there.
+    """
     health = _at(hello, "snapshot", "health") if _at(payload, "ok") is None else payload
     well = _at(health, "ok") is not False
-    minutes = (_at(hello, "snapshot", "uptimeMs") or 0) // 60_000
-    agents = _at(health, "agents") or []
-    runs = _at(payload, "runs")
-    facts = {
-        "gateway": f"{address} is {'well' if well else 'not well'}",
-        "trouble": "; ".join(_at(health, "troubles") or []),
-        "version": f"{_at(hello, 'server', 'version') or 'unknown'}, up for {minutes // 60} h {minutes % 60} min",
-        "default": _at(hello, "snapshot", "sessionDefaults", "defaultAgentId"),
-        "agents": ", ".join(str(_at(agent, "agentId")) for agent in agents),
-        "sessions": sum(_at(agent, "sessions", "count") or 0 for agent in agents) if agents else "",
-        "runs": ", ".join(f"{number} {state}" for state, number in runs.items()) if isinstance(runs, dict) else "",
-    }
+    found = (_at(payload, "providers") or {}).items()
     if as_json:
         print_payload(payload)
     else:
-        lines = (f"{name:<10}{fact}" for name, fact in facts.items() if fact not in ("", None))
-        print("\n".join(_plain(line, sys.stdout) for line in lines))
-    return 0 if well else 1
+        minutes = (_at(hello, "snapshot", "uptimeMs") or 0) // 60_000
+        agents = _at(health, "agents") or []
+        models = {
+            _at(agent, "agentId"): each
+            for agent in _at(payload, "agents") or ()
+            if isinstance(each := _at(agent, "models"), list)
+        }
+        facts: dict[str, Any] = {
+            "gateway": f"{address} is {'well' if well else 'not well'}",
+            "trouble": "; ".join(_at(health, "troubles") or []),
+            "version": f"{_at(hello, 'server', 'version') or 'unknown'}, up for {minutes // 60} h {minutes % 60} min",
+            "default": _at(hello, "snapshot", "sessionDefaults", "defaultAgentId"),
+            "agents": [f"{agent}: {', then '.join(each) or 'a Python function'}" for agent, each in models.items()]
+            if any(models.values())
+            else ", ".join(str(_at(agent, "agentId")) for agent in agents),
+            "providers": [f"{name}: {_at(finding, 'what')}" for name, finding in found],
+            "sessions": sum(_at(agent, "sessions", "count") or 0 for agent in agents) if agents else "",
+            "runs": _counted(_at(payload, "runs")),
+            "refusals": _counted(_at(payload, "refusals")),
+            "warnings": _at(payload, "warnings"),
+        }
+        print_page(facts)
+    return 0 if well and all(_at(finding, "ok") is not False for _, finding in found) else 1
+
+
+def _counted(numbers: Any) -> str:
+    return ", ".join(f"{number} {what}" for what, number in numbers.items()) if isinstance(numbers, dict) else ""
+
+
+def print_page(facts: Mapping[str, Any]) -> None:
+    """Prints a line for each fact, and one below the other where it is a list; none for what is empty."""
+    for name, fact in facts.items():
+        lines = [each for each in (fact if isinstance(fact, list) else [fact]) if each not in ("", None)]
+        for n, each in enumerate(lines):
+            print(_plain(f"{'' if n else name:<10}{each}", sys.stdout))
 
 
 def print_payload(payload: Any) -> None:

@@ -328,6 +328,24 @@ class Desk:
         draining = ["the gateway is going down"] if self._gateway.draining else []
         return draining + (["a session could not be stored"] if self._gateway.runs.store_error else [])
 
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        return () if self._owner else self._config.warnings
+
+    @property
+    def refusals(self) -> dict[str, int]:
+        return {} if self._owner else self._gateway.refusals
+
+    @property
+    def models_of(self) -> dict[str, tuple[str, ...]]:
+        agents = _agents_of(self._config, self._caller)[0].values()
+        return {agent.id: () if agent.id in self._gateway._agents else agent.models for agent in agents}
+
+    async def probe(self) -> dict[str, dict[str, Any]]:
+        models = [] if self._owner else [model for models in self.models_of.values() for model in models]
+        found = await probes.probe_all(self._config.providers, models, self._gateway._pool.request)
+        return {name: finding._asdict() for name, finding in found.items()}
+
     def config(self) -> dict[str, Any]:
         masked: dict[str, Any] = settings.mask(self._config.tree)
         return masked
@@ -998,7 +1016,8 @@ def _command_call(options: Namespace) -> int:
 
 
 def _command_health(options: Namespace) -> int:
-    return cli.print_health(*asyncio.run(_ask(options, options.command, {})), options.json)
+    params = {"probe": True} if options.command == "status" else {}
+    return cli.print_health(*asyncio.run(_ask(options, options.command, params)), options.json)
 
 
 def _command_check(options: Namespace) -> int:

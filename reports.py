@@ -68,6 +68,13 @@ if TYPE_CHECKING:
         def stop(self, run: Any, reason: str) -> bool: ...
         def active(self) -> Collection[Run]: ...
         def key(self, run: Any) -> str: ...  # of its session
+        @property
+        def models_of(self) -> Mapping[str, Collection[str]]: ...  # by agent, the primary first; none of a function's
+        @property
+        def refusals(self) -> Mapping[str, int]: ...  # how many of which kind
+        @property
+        def warnings(self) -> Collection[str]: ...  # of the configuration
+        async def probe(self) -> Dict: ...  # by provider: ok, what, missing
         def troubles(self) -> list[str]: ...  # what keeps the gateway from being well
         def config(self) -> Dict: ...  # in effect, secrets redacted
 
@@ -144,7 +151,9 @@ class Reports:
 
     async def _status(self, params: Dict) -> Dict:
         hub = self._hub
-        counts, active = await hub.store.counts(), hub.active()
+        found = {"providers": await hub.probe()} if params.get("probe") is True else {}
+        counts, active, default = await hub.store.counts(), hub.active(), hub.default_agent
+        models = hub.models_of.items()
         heartbeats = [{"agentId": agent, **NO_HEARTBEAT} for agent in hub.agents]
         return {
             "version": hub.version,
@@ -153,7 +162,11 @@ class Reports:
                 "active": sum(run.placed for run in active),
                 "queued": sum(not run.placed for run in active),
             },
-            "heartbeat": {"defaultAgentId": hub.default_agent, "agents": heartbeats},
+            "agents": [{"agentId": id_, "isDefault": id_ == default, "models": list(each)} for id_, each in models],
+            **found,
+            "refusals": dict(hub.refusals),
+            "warnings": list(hub.warnings),
+            "heartbeat": {"defaultAgentId": default, "agents": heartbeats},
             "channelSummary": [],
             "queuedSystemEvents": [],
             "sessions": {

@@ -450,6 +450,37 @@ def greeting(**health: Any) -> dict[str, Any]:
             f"gateway   ws://h:1 is not well\ntrouble   it rains\n{ABOUT}runs      0 active\n",
         ),
         ({}, None, 0, "gateway   ws://h:1 is well\nversion   unknown, up for 0 h 0 min\n"),
+        (
+            greeting(ok=True, agents=AGENTS),
+            {
+                "agents": [
+                    {"agentId": "main", "models": ["up/a", "down/b"]},
+                    {"agentId": "beta", "models": []},
+                ],
+                "providers": {"up": {"ok": True, "what": "reachable"}, "down": {"ok": False, "what": "not reachable"}},
+                "runs": {"active": 2, "queued": 0},
+                "refusals": {"invalid_api_key": 3, "not_found_error": 1},
+                "warnings": ["one", "another"],
+            },
+            1,
+            f"gateway   ws://h:1 is well\n{ABOUT}"
+            "agents    main: up/a, then down/b\n          beta: a Python function\n"
+            "providers up: reachable\n          down: not reachable\n"
+            "sessions  5\nruns      2 active, 0 queued\nrefusals  3 invalid_api_key, 1 not_found_error\n"
+            "warnings  one\n          another\n",
+        ),
+        (
+            greeting(ok=True, agents=AGENTS),
+            {
+                "agents": [{"agentId": "main", "models": ["echo/echo"]}],
+                "providers": {"echo": {"ok": True, "what": "part of the gateway"}},
+                "refusals": {},
+                "warnings": [],
+            },
+            0,
+            f"gateway   ws://h:1 is well\n{ABOUT}agents    main: echo/echo\n"
+            "providers echo: part of the gateway\nsessions  5\n",
+        ),
     ],
 )
 def test_health_for_people_and_for_scripts(

@@ -601,7 +601,8 @@ def test_health_and_status(tmp_path: Path) -> None:
                 for fact in (f"ws://127.0.0.1:{hub.port} is well", f"{gateway.VERSION}, up for 0 h", "main, fails"):
                     assert fact in said.stdout
                 payload = json.loads((await command(hub, tmp_path, name, "--json")).stdout)
-                assert payload == json.loads((await command(hub, tmp_path, "call", name)).stdout) | {
+                called = await command(hub, tmp_path, "call", name, "--params", '{"probe": true}')
+                assert payload == json.loads(called.stdout) | {
                     key: payload[key] for key in ("ts", "durationMs", "uptimeMs") if key in payload
                 }
             assert "runs      0 active" in said.stdout
