@@ -6,6 +6,7 @@ import asyncio
 import re
 import time
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -315,3 +316,12 @@ def test_a_reload_keeps_the_counts_and_switches_them() -> None:
             assert (await client.ask("GET", "/metrics")).status == 404
 
     run(main())
+
+
+def test_the_page_of_operations_names_each_of_them() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "operations.md").read_text(encoding="utf-8")
+    rows = "\n".join(line for line in page.splitlines() if line.startswith("| `copepod_") or "`process_" in line)
+    families = parser.text_string_to_metric_families(text_of(fresh()).decode())
+    kinds = {"counter": "_total"}
+    names = {family.name.removesuffix("_total") + kinds.get(family.type, "") for family in families}
+    assert set(re.findall(r"`((?:copepod|process)_\w+)`", rows)) == names
