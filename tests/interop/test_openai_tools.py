@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 
+import environments
 from served import BOUND, TOKEN, served
+from test_clients import SCRIPTS, seen_by
 
 openai = pytest.importorskip("openai")
 
@@ -162,6 +164,31 @@ def test_images(stream: bool) -> None:
         wrong: Any = [{"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}]
         with pytest.raises(openai.BadRequestError, match="must be a data:"):
             client.chat.completions.create(model="copepod", messages=[{"role": "user", "content": wrong}])
+
+
+async def both(message: str, turn: dict[str, Any]) -> AsyncIterator[str | dict[str, Any]]:
+    """The model, which names the images that it is shown."""
+    content = turn["messages"][-1]["content"]
+    if isinstance(content, list):
+        yield " ".join(part["image_url"]["url"] for part in content)
+    else:
+        async for item in model(message, turn):
+            yield item
+
+
+NODE_SAW = {"answers": ["Oslo: sun. Rome: sun."] * 2, "seen": ["https://a.example/b.png"] * 2}  # whole, and streamed
+
+
+def seen_by_node(url: str) -> Any:
+    folder = environments.environment(environments.NODE)
+    with (SCRIPTS / "tools_with_openai.mjs").open() as script:
+        return seen_by([environments.node(), "--input-type=module", "-"], url, folder, script)
+
+
+@pytest.mark.network
+def test_the_client_for_node() -> None:
+    with relayed({"main": both}, clientTools=True, input=["text", "image"]) as client:
+        assert seen_by_node(str(client.base_url)) == NODE_SAW
 
 
 async def unsure(message: str, turn: dict[str, Any]) -> AsyncIterator[str | dict[str, Any]]:
