@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable
 from contextlib import suppress
@@ -49,7 +50,8 @@ class Answer:
         self.finish_reason: str | None = None
         self.done = False
         self.frame, self.missed = ("", ""), 0
-        self.calls = 0  # those that came without an index
+        self.calls: dict[Any, int] = {}  # our number of a tool call, by its id and by the index that it came with
+        self.begun: list[list[str]] = []  # of each of them its id and its name, as soon as they came
 
     def take(self, data: str) -> str | list[Item]:
         """What `read` gives: where only the word is new, all the rest is known to tell nothing."""
@@ -83,30 +85,64 @@ class Answer:
                 raise self.told("the model server failed")
             self.finish_reason = reason if reason in FINISH_REASONS else "stop"
         part = choice.get("delta", choice.get("message")) or {}
-        text, calls = part.get("content") or "", part.get("tool_calls")
+        text: Any = part.get("content") or ""
+        calls, logprobs = part.get("tool_calls"), choice.get("logprobs")
         thought = part.get("reasoning_content") or part.get("reasoning") or ""
+        if isinstance(text, list):  # Mistral's
+            text, thought = text_of(text, "text"), thought or text_of(text, "thinking")
         if not isinstance(text, str) or not isinstance(thought, str):
             raise TypeError
-        logprobs = choice.get("logprobs")
         if not thought and not calls and not logprobs:
             return text
         items: list[Item] = [{"reasoning": thought}] if thought else []
         items += [text] if text else []
-        items += [{"logprobs": logprobs}] if logprobs else []
+        items += [{"logprobs": logprobs}] if isinstance(logprobs, dict) else []
         return [*items, {"tool_calls": [self.fragment(call) for call in calls]}] if calls else items
 
     def fragment(self, call: dict[str, Any]) -> dict[str, Any]:
-        """A tool call, or a part of one; `index` says of which."""
-        index = call.get("index")
-        if not isinstance(index, int):  # whole answers have none, and some servers send whole calls one by one
-            self.calls += bool(call.get("id")) or not self.calls
-            index = self.calls - 1
-        return {"index": index, "id": call.get("id"), "function": call.get("function") or {}}
+        """A tool call, or a part of one. Its id and its name are told once: clients put together what comes again."""
+        function = call.get("function") or {}
+        id_, name, arguments = call.get("id") or "", function.get("name") or "", function.get("arguments")
+        if not isinstance(id_ + name, str):
+            raise TypeError
+        number = self.number(id_, name, call.get("index"))
+        begun = self.begun[number]
+        first, told = {}, {}
+        if name and not begun[1]:
+            begun[1] = told["name"] = name
+            id_ = id_ or f"call_{os.urandom(12).hex()}"  # the client's result needs one
+        if id_ and not begun[0]:
+            begun[0] = first["id"] = id_
+        if arguments is not None:  # some servers give the object itself
+            told["arguments"] = ENCODER.encode(arguments) if isinstance(arguments, dict) else arguments
+        return {"index": number, **first, "function": told}
+
+    def number(self, id_: str, name: str, index: Any) -> int:
+        """Of which call that is, in the order in which they began.
+
+        Some servers count every call 0, or none of them; others give each part of a call an id of its own.
+        """
+        number = self.calls.get(id_) if id_ else None
+        if number is None:
+            number = self.calls.get(index)
+            named = number is not None and self.begun[number][1]
+            if number is None or (id_ and index is None) or (named and name and (id_ or index is None)):
+                number = self.calls[index] = len(self.begun)
+                self.begun.append(["", ""])
+            if id_:
+                self.calls[id_] = number
+        return number
 
     def end(self) -> list[Item]:
         """The last items."""
         items: list[Item] = [{"usage": self.usage}] if self.usage else []
         return [*items, {"finish_reason": self.finish_reason}] if self.finish_reason else items
+
+
+def text_of(parts: list[dict[str, Any]], kind: str) -> str:
+    """What the parts of that kind say; a thought has parts of its own."""
+    said = [part[kind] for part in parts if part["type"] == kind]
+    return "".join(each if isinstance(each, str) else text_of(each, "text") for each in said)
 
 
 def is_usage(usage: object) -> bool:

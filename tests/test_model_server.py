@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import email.utils
 import json
+import re
 import socket
 import ssl
 import time
@@ -126,7 +127,29 @@ DENIED = ("upstream_auth", "the model server refused the gateway's credentials",
           calling(1, "c2", name="go", arguments="{}")]),
         ([likely("a", -1), likely("b", -2), delta("c"), likely("d", None), DONE],
          ["a", {"logprobs": {"content": [-1]}}, "b", {"logprobs": {"content": [-2]}}, "c", "d"]),
+        # numbers and ids as they should not be: every call is 0, each part has the id, or one of its own
+        ([part(tool_calls=[asked(0, "a", "{}", "c1")]), part(tool_calls=[asked(0, "b", "{}", "c2")]), DONE],
+         [calling(0, "c1", name="a", arguments="{}"), calling(1, "c2", name="b", arguments="{}")]),
+        ([part(tool_calls=[asked(0, "a", "{", "c1")]), part(tool_calls=[asked(0, "a", "}", "c1")]), DONE],
+         [calling(0, "c1", name="a", arguments="{"), calling(0, arguments="}")]),
+        ([part(tool_calls=[asked(None, "a", "{", "c1")]), part(tool_calls=[asked(None, "a", "}", "c1")]), DONE],
+         [calling(0, "c1", name="a", arguments="{"), calling(0, arguments="}")]),
+        ([part(tool_calls=[asked(7, "a", "{", "c1")]), part(tool_calls=[asked(7, "", "}", "c2")]), DONE],
+         [calling(0, "c1", name="a", arguments="{"), calling(0, arguments="}")]),
+        ([part(tool_calls=[asked(0, None, "", "c1")]), part(tool_calls=[asked(0, "a", "{}", "")]), DONE],
+         [calling(0, "c1", arguments=""), calling(0, name="a", arguments="{}")]),
+        ([part(tool_calls=[asked(0, "a", {"b": "\u00e9"}, "c1")]), DONE],
+         [calling(0, "c1", name="a", arguments='{"b":"\u00e9"}')]),
+        # content in parts
+        ([part(content=[{"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]},
+                        {"type": "text", "text": "a"}, {"type": "reference", "reference_ids": [1]}]),
+          part(content=[{"type": "text", "text": "b"}]), DONE], [{"reasoning": "hm"}, "a", "b"]),
+        ([part(content=[{"type": "text", "text": 1}])], [NONSENSE]),
+        ([{"choices": [{"delta": {"content": "a"}, "logprobs": [1]}]}, DONE], ["a"]),
         ([part(tool_calls=[{}])], [calling(0), BROKE_OFF]),
+        ([part(tool_calls=[asked(0, ["a"], "{}")])], [NONSENSE]),
+        ([part(tool_calls=[asked([0], "a", "{}")])], [NONSENSE]),
+        ([part(tool_calls=[{"index": 0, "function": "a"}])], [NONSENSE]),
         ([part(tool_calls=["x"])], [NONSENSE]),
         ([part(tool_calls={"index": 0})], [NONSENSE]),
         ([part(reasoning=["x"])], [NONSENSE]),
@@ -269,6 +292,16 @@ def test_a_whole_answer(body, expected):
     provider, _ = server(response)
     assert run(provider) == expected
     assert response.closed
+
+
+def test_calls_without_an_id_get_one_each():
+    calls = [{"function": {"name": name, "arguments": "{}"}} for name in "ab"]
+    response = Response(fields={"content-type": "application/json"}, body=whole(None, calls=calls))
+    (found, _) = run(server(response)[0])
+    assert [(call["index"], call["function"]["name"]) for call in found["tool_calls"]] == [(0, "a"), (1, "b")]
+    ids = {call["id"] for call in found["tool_calls"]}
+    assert len(ids) == 2
+    assert all(re.fullmatch("call_[0-9a-f]{24}", id) for id in ids)
 
 
 def refused(message):
