@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 BASE_URL = "https://api.anthropic.com"
@@ -54,8 +55,21 @@ def body_of(turn: Turn) -> bytes:
     stop = params.get("stop", [])
     if stop := [text for text in ([stop] if isinstance(stop, str) else stop) if text.strip()]:
         value["stop_sequences"] = stop  # those of white space alone are refused
+    if must_not_think(value):
+        del value["thinking"]
     # A tool call's arguments may hold a lone surrogate, which UTF-8 cannot carry.
     return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode(errors="replace")
+
+
+def must_not_think(value: dict[str, Any]) -> bool:
+    """Whether the body brings results of calls without the thoughts before them, which OpenAI's messages do not carry.
+
+    The API refuses to think on then, unless thinking is adaptive.
+    """
+    thinking = value.get("thinking")
+    if not isinstance(thinking, dict) or thinking.get("type") != "enabled":
+        return False
+    return any(block["type"] == "tool_result" for message in value["messages"][-1:] for block in message["content"])
 
 
 def messages_of(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -114,10 +128,9 @@ def identifier(text: object) -> str:
 def tool_use(call: dict[str, Any]) -> dict[str, Any]:
     """The block of a call; its arguments are {} when their text is no JSON object."""
     function = call["function"]
-    try:
-        arguments = json.loads(function.get("arguments") or "{}")
-    except (TypeError, ValueError, RecursionError):
-        arguments = None
+    arguments = function.get("arguments")
+    with suppress(TypeError, ValueError, RecursionError):  # some clients send the object itself
+        arguments = json.loads(arguments)
     arguments = arguments if isinstance(arguments, dict) else {}
     return {"type": "tool_use", "id": identifier(call.get("id")), "name": function["name"], "input": arguments}
 
@@ -126,7 +139,10 @@ def tools_of(params: dict[str, Any]) -> dict[str, Any]:
     """The fields `tools` and `tool_choice`; neither without a function: the API refuses a choice of nothing."""
     tools = []
     for function in (tool["function"] for tool in params.get("tools", []) if named(tool)):
-        schema = {"type": "object"} | (function.get("parameters") or {})
+        parameters = function.get("parameters") or {}
+        if not isinstance(parameters, dict):
+            raise ValueError("the `parameters` of a tool must be an object")
+        schema = {"type": "object"} | parameters
         tool = {"name": function["name"], "description": function.get("description"), "input_schema": schema}
         tools.append({name: value for name, value in tool.items() if value})
     if not tools:

@@ -170,7 +170,8 @@ def test_messages_in_turns(messages: list[dict[str, Any]], expected: list[dict[s
     ("arguments", "expected"),
     [
         ('{"a": {"b": [1]}}', {"a": {"b": [1]}}), ("{}", {}), ("", {}), (None, {}), ("[1]", {}), ("null", {}),
-        ("{", {}), ("[" * 100_000, {}), (5, {}), ('{"a": ' + "1" * 5000 + "}", {}), ('{"a": "\\ud83d"}', {"a": "?"}),
+        ("{", {}), ("[" * 100_000, {}), (5, {}), ({"a": 1}, {"a": 1}),
+        ('{"a": ' + "1" * 5000 + "}", {}), ('{"a": "\\ud83d"}', {"a": "?"}),
     ],
 )  # fmt: skip
 def test_a_calls_arguments_become_an_object(arguments: Any, expected: Any) -> None:
@@ -232,12 +233,36 @@ def test_an_image_from_elsewhere_is_the_callers_mistake(url: str) -> None:
     assert message.startswith("the model takes an image from")
 
 
-def test_what_json_cannot_hold_is_the_callers_mistake() -> None:
-    deep: dict[str, Any] = {}
-    deep["itself"] = deep
+DEEP: dict[str, Any] = {}
+DEEP["itself"] = DEEP
+
+
+@pytest.mark.parametrize("parameters", [DEEP, [1], "{}"])
+def test_parameters_without_a_form_are_the_callers_mistake(parameters: Any) -> None:
     provider, requests = asking(Response())
-    ((kind, _, taken, _),) = run(provider, turn(tools=[{"function": {"name": "go", "parameters": deep}}]))
+    ((kind, _, taken, _),) = run(provider, turn(tools=[{"function": {"name": "go", "parameters": parameters}}]))
     assert (kind, taken, requests) == ("rejected", False, [])
+
+
+THINKING = {"type": "enabled", "budget_tokens": 1024}
+CALLED = [said("user", "a"), said("assistant", "", tool_calls=[call()]), said("tool", "b", tool_call_id="call_1")]
+
+
+@pytest.mark.parametrize(
+    ("messages", "thinking", "thinks"),
+    [
+        ([said("user", "a")], THINKING, True),
+        (CALLED, THINKING, False),
+        (CALLED, {"type": "adaptive"}, True),
+        (CALLED, "hard", True),
+        ([*CALLED, said("user", "so?")], THINKING, False),  # beside the result
+        ([*CALLED, said("assistant", "b"), said("user", "so?")], THINKING, True),
+        ([said("user", " ")], THINKING, True),
+    ],
+)
+def test_it_thinks_unless_its_thoughts_are_missing(messages: Any, thinking: Any, thinks: bool) -> None:
+    body = sent(turn(*messages, thinking=thinking))
+    assert body.get("thinking") == (thinking if thinks else None)
 
 
 @pytest.mark.parametrize(
