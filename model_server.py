@@ -175,7 +175,8 @@ def message_of(value: object, secrets: list[str]) -> str:
         return ""
     for secret in secrets:
         found = found.replace(secret, "***")
-    return " ".join(found.split()).encode(errors="replace").decode()[:MAX_MESSAGE]
+    plain = "".join(each if each.isprintable() else " " for each in found)  # it is shown in terminals
+    return " ".join(plain.split())[:MAX_MESSAGE]
 
 
 def retry_seconds(text: str) -> int | None:

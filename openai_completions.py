@@ -85,7 +85,7 @@ class Answer:
                 raise self.told("the model server failed")
             self.finish_reason = reason if reason in FINISH_REASONS else "stop"
         part = choice.get("delta", choice.get("message")) or {}
-        text: Any = part.get("content") or ""
+        text: Any = part.get("content") or part.get("refusal") or ""  # which comes in place of what was asked for
         calls, logprobs = part.get("tool_calls"), choice.get("logprobs")
         thought = part.get("reasoning_content") or part.get("reasoning") or ""
         if isinstance(text, list):  # Mistral's
