@@ -220,23 +220,32 @@ def settled(messages: Sequence[Message]) -> list[Message]:
 def undoubled(transcript: Sequence[Message], messages: Sequence[Message]) -> Sequence[Message]:
     """Return `messages` without its longest beginning that is the transcript's end, but with the turn's message.
 
-    The turn's message is the last one of a user or a tool. Compared by role, text and tool ids.
+    The turn's message is the last one of a user or a tool. Compared by role, text and tool ids. The client may remember
+    more than the transcript, which is trimmed: then the beginning goes up to where the transcript ends in it.
     """
     turn = next((i for i in range(len(messages) - 1, 0, -1) if messages[i]["role"] in ("user", "tool")), 0)
     longest = min(len(transcript), turn)
     if not longest:
         return messages
-    new = [_identity(m) for m in messages[:longest]]
-    # For each item, how many of the last ones up to it are the beginning (Knuth, Morris and Pratt): each step goes one
-    # further or falls back to what went before. None, which is no message, ends what could be longer.
-    items = [*new, None, *(_identity(m) for m in transcript[-longest:])]
+    past, sent = [_identity(m) for m in transcript[-longest:]], [_identity(m) for m in messages[:turn]]
+    known = _matched(sent[:longest], past)[-1]
+    if known < len(transcript) < turn:
+        known = max((i for i, n in enumerate(_matched(past, sent), 1) if n == len(transcript)), default=known)
+    return messages[known:]
+
+
+def _matched(wanted: Sequence[Any], items: Sequence[Any]) -> list[int]:
+    """Return, for each of the items, how many of the last ones up to it are the beginning of what is wanted."""
+    # Knuth, Morris and Pratt: each step goes one further or falls back to what went before. None, which is no message,
+    # ends what could be longer.
+    joint = [*wanted, None, *items]
     matched = [0]
-    for item in items[1:]:
+    for item in joint[1:]:
         n = matched[-1]
-        while n and item != items[n]:
+        while n and item != joint[n]:
             n = matched[n - 1]
-        matched.append(n + (item == items[n]))
-    return messages[matched[-1] :]
+        matched.append(n + (item == joint[n]))
+    return matched[len(wanted) + 1 :]
 
 
 def _identity(message: Message) -> tuple[Any, ...]:
@@ -459,7 +468,8 @@ class Runs:
             return None
         sent = run.turn["messages"]
         new = undoubled(transcript, sent)
-        messages = [*transcript[: len(transcript) + len(new) - len(sent)], *sent]  # it may still have its images
+        before = max(len(transcript) + len(new) - len(sent), 0)
+        messages = [*transcript[:before], *sent]  # what is sent again may still have its images
         run.turn["messages"] = settled(messages) if any("tool_calls" in message for message in messages) else messages
         return new
 

@@ -1012,6 +1012,10 @@ RESULT = {"role": "tool", "content": "r", "tool_call_id": "c1"}
         pytest.param([CALL], [{**CALL, "content": None}, RESULT], 1, id="no content is empty content"),
         pytest.param([U("x\n[image]"), A("b")], [PICTURE, A("b"), U("c")], 1, id="an image"),
         pytest.param([U("x"), A("b")], [PICTURE, A("b"), U("c")], 3, id="a text without the image"),
+        pytest.param([U("b"), A("c")], [U("a"), U("b"), A("c"), U("d")], 1, id="more than the past"),
+        pytest.param([U("b"), A("c")], [U("b"), A("c"), U("b"), A("c"), U("d"), U("e")], 4, id="the past first"),
+        pytest.param([U("b"), A("c")], [A("c"), U("b"), A("c"), U("b"), A("c"), U("d"), U("e")], 2, id="the past last"),
+        pytest.param([U("b"), A("c")], [A("c"), U("b"), A("x"), U("d")], 3, id="more, but not the past"),
         pytest.param([U("a")], [], 0, id="nothing"),
         pytest.param([A("a")], [A("a")], 1, id="no message"),
     ],
@@ -1171,6 +1175,24 @@ def test_undoubled_compares_a_message_a_few_times_however_long_both_are(kept: st
 def test_undoubled_looks_at_no_past_where_a_request_has_none() -> None:
     unread: list[Any] = [None]  # a look at it fails
     assert undoubled(unread, [{"role": "user", "content": "b"}]) == [{"role": "user", "content": "b"}]
+
+
+def test_a_client_that_remembers_more_than_the_transcript_is_believed() -> None:
+    async def work(desk: Desk) -> None:
+        seen: list[Any] = []
+
+        async def provider(turn: dict[str, Any]) -> AsyncIterator[Item]:
+            seen.extend(turn["messages"])
+            yield "f"
+
+        desk.transcript = [U("c"), A("d")]
+        whole = [U("a"), A("b"), U("c"), A("d"), U("e")]
+        run = Run("ag", "key", "e", whole, [("p", "m", provider)], timeout=9, stored=True)
+        await desk.begin(run)
+        assert seen == whole
+        assert desk.saved[0][3] == [U("e"), A("f")]
+
+    play(work)
 
 
 def test_stored() -> None:
