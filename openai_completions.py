@@ -51,7 +51,7 @@ class Answer:
         self.done = False
         self.frame, self.missed = ("", ""), 0
         self.calls: dict[Any, int] = {}  # our number of a tool call, by its id and by the index that it came with
-        self.begun: list[list[str]] = []  # of each of them its id and its name, as soon as they came
+        self.begun: list[list[str]] = []  # of each of them its id, its name and its arguments, as soon as any came
 
     def take(self, data: str) -> str | list[Item]:
         """What `read` gives: where only the word is new, all the rest is known to tell nothing."""
@@ -115,6 +115,7 @@ class Answer:
             begun[0] = first["id"] = id_
         if arguments is not None:  # some servers give the object itself
             told["arguments"] = ENCODER.encode(arguments) if isinstance(arguments, dict) else arguments
+            begun[2] = begun[2] or told["arguments"]
         return {"index": number, **first, "function": told}
 
     def number(self, id_: str, name: str, index: Any) -> int:
@@ -128,14 +129,17 @@ class Answer:
             named = number is not None and self.begun[number][1]
             if number is None or (id_ and index is None) or (named and name and (id_ or index is None)):
                 number = self.calls[index] = len(self.begun)
-                self.begun.append(["", ""])
+                self.begun.append(["", "", ""])
             if id_:
                 self.calls[id_] = number
         return number
 
     def end(self) -> list[Item]:
         """The last items."""
+        bare = [number for number, begun in enumerate(self.begun) if not begun[2]]
         items: list[Item] = [{"usage": self.usage}] if self.usage else []
+        if bare:  # clients parse them: "" is no JSON
+            items.insert(0, {"tool_calls": [{"index": number, "function": {"arguments": "{}"}} for number in bare]})
         return [*items, {"finish_reason": self.finish_reason}] if self.finish_reason else items
 
 

@@ -200,7 +200,10 @@ def joined(deltas: Sequence[Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:
 
 
 def settled(messages: Sequence[Message]) -> list[Message]:
-    """Return the messages without the calls that got no result: every server refuses them, for ever after."""
+    """Return the messages without the calls that got no result, and without the results that nothing called for.
+
+    Every server refuses them, for ever after. The last message stays in any case: it is the turn's own.
+    """
     found: list[Message] = []
     answered: set[Any] = set()  # ids of the results that directly follow
     for message in reversed(messages):
@@ -214,7 +217,15 @@ def settled(messages: Sequence[Message]) -> list[Message]:
             answered = set()
         if message["role"] != "assistant" or message.get("content") or message.get("tool_calls"):
             found.append(message)
-    return found[::-1]
+    paired: list[Message] = []
+    called: set[Any] = {None}  # ids of the calls directly before; a function's result, as of old, has none
+    for message in reversed(found):
+        if message["role"] != "tool":
+            called = {None, *(call["id"] for call in message.get("tool_calls", ()))}
+        elif message is not messages[-1] and message.get("tool_call_id") not in called:
+            continue
+        paired.append(message)
+    return paired
 
 
 def undoubled(transcript: Sequence[Message], messages: Sequence[Message]) -> Sequence[Message]:

@@ -1069,10 +1069,13 @@ def result(id: str) -> dict[str, Any]:
         ([U("a"), calls("1", text="t"), U("b")], [U("a"), A("t"), U("b")]),
         ([U("a"), calls("1", "2"), result("2"), U("b")], [U("a"), calls("2"), result("2"), U("b")]),
         ([U("a"), calls("1"), U("b"), result("1")], [U("a"), U("b"), result("1")]),
+        ([U("a"), calls("1"), U("b"), result("1"), A("c")], [U("a"), U("b"), A("c")]),
+        ([result("0"), calls("1"), result("1"), result("2"), A("b")], [calls("1"), result("1"), A("b")]),
+        ([U("a"), {"role": "tool", "content": "as of old"}, A("b"), calls("1"), result("1")], None),
         ([U("a"), calls(None, {})], [U("a")]),
     ],
 )
-def test_calls_without_a_result_are_no_burden(messages: Any, expected: Any) -> None:
+def test_calls_and_results_without_each_other_are_no_burden(messages: Any, expected: Any) -> None:
     before = repr(messages)
     assert settled(messages) == (messages if expected is None else expected)
     assert repr(messages) == before
