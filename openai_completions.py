@@ -50,8 +50,7 @@ class Answer:
         self.finish_reason: str | None = None
         self.done = False
         self.frame, self.missed = ("", ""), 0
-        self.calls: dict[Any, int] = {}  # our number of a tool call, by its id and by the index that it came with
-        self.begun: list[list[str]] = []  # of each of them its id, its name and its arguments, as soon as any came
+        self.calls: Calls | None = None  # most answers have none
 
     def take(self, data: str) -> str | list[Item]:
         """What `read` gives: where only the word is new, all the rest is known to tell nothing."""
@@ -97,7 +96,25 @@ class Answer:
         items: list[Item] = [{"reasoning": thought}] if thought else []
         items += [text] if text else []
         items += [{"logprobs": logprobs}] if isinstance(logprobs, dict) else []
-        return [*items, {"tool_calls": [self.fragment(call) for call in calls]}] if calls else items
+        if calls:
+            self.calls = self.calls or Calls()
+            items.append({"tool_calls": [self.calls.fragment(call) for call in calls]})
+        return items
+
+    def end(self) -> list[Item]:
+        """The last items."""
+        items: list[Item] = [{"usage": self.usage}] if self.usage else []
+        if self.calls is not None and (bare := self.calls.bare()):
+            items.append({"tool_calls": bare})
+        return [*items, {"finish_reason": self.finish_reason}] if self.finish_reason else items
+
+
+class Calls:
+    """The tool calls of one answer, as far as they have come."""
+
+    def __init__(self) -> None:
+        self.numbers: dict[Any, int] = {}  # by a call's id, and by the index that it came with
+        self.begun: list[list[str]] = []  # of each its id, its name and its arguments, as soon as any came
 
     def fragment(self, call: dict[str, Any]) -> dict[str, Any]:
         """A tool call, or a part of one. Its id and its name are told once: clients put together what comes again."""
@@ -123,24 +140,21 @@ class Answer:
 
         Some servers count every call 0, or none of them; others give each part of a call an id of its own.
         """
-        number = self.calls.get(id_) if id_ else None
+        number = self.numbers.get(id_) if id_ else None
         if number is None:
-            number = self.calls.get(index)
+            number = self.numbers.get(index)
             named = number is not None and self.begun[number][1]
             if number is None or (id_ and index is None) or (named and name and (id_ or index is None)):
-                number = self.calls[index] = len(self.begun)
+                number = self.numbers[index] = len(self.begun)
                 self.begun.append(["", "", ""])
             if id_:
-                self.calls[id_] = number
+                self.numbers[id_] = number
         return number
 
-    def end(self) -> list[Item]:
-        """The last items."""
+    def bare(self) -> list[dict[str, Any]]:
+        """The last fragments, of the calls without arguments: clients parse them, and "" is no JSON."""
         bare = [number for number, begun in enumerate(self.begun) if not begun[2]]
-        items: list[Item] = [{"usage": self.usage}] if self.usage else []
-        if bare:  # clients parse them: "" is no JSON
-            items.insert(0, {"tool_calls": [{"index": number, "function": {"arguments": "{}"}} for number in bare]})
-        return [*items, {"finish_reason": self.finish_reason}] if self.finish_reason else items
+        return [{"index": number, "function": {"arguments": "{}"}} for number in bare]
 
 
 def text_of(parts: list[dict[str, Any]], kind: str) -> str:
