@@ -175,12 +175,11 @@ def parse_request(body: bytes) -> ChatRequest:
             if name not in _OURS:
                 params[name] = value
     user, usage, events = ("", False, False) if _CLOSER.isdisjoint(fields) else _look_closer(fields)
-    system, messages, message = parse_messages(fields.get("messages"))
+    system, messages, message, images = parse_messages(fields.get("messages"))
     stream = fields.get("stream") is True
     tools = _NO_TOOLS
     if fields.get("tools"):
         tools = {name: value for name in _TOOLS if (value := fields.get(name)) is not None}
-    images = b"image_url" in body and any(isinstance(each["content"], list) for each in messages)
     model = fields.get("model") or ""
     return ChatRequest(model, user, stream, usage, events, system, messages, message, params, tools, images)
 
@@ -219,13 +218,17 @@ def _check_key(key: str, what: str, param: str | None = None) -> None:
         _refuse(param, f"{what} must have at most {MAX_KEY} bytes and no control characters.")
 
 
-def parse_messages(messages: object) -> tuple[str, list[dict[str, Any]], str]:
-    """Return the system text, the conversation, and the text of its last user or tool message. APIError: 400."""
+def parse_messages(messages: object) -> tuple[str, list[dict[str, Any]], str, bool]:
+    """Return the system text, the conversation, the text of its last user or tool message, and whether it has images.
+
+    APIError: 400.
+    """
     if not isinstance(messages, list) or not messages:
         _refuse("messages", "`messages` must be a non-empty array.")
     system: list[str] = []
     conversation: list[dict[str, Any]] = []
     message: str | None = None
+    shown = False
     for n, entry in enumerate(messages):
         if not isinstance(entry, dict):
             _must(f"messages[{n}]", "an object")
@@ -242,7 +245,7 @@ def parse_messages(messages: object) -> tuple[str, list[dict[str, Any]], str]:
         if role in ROLES and (text or calls or images or (role == "tool" and entry.get("tool_call_id"))):
             kept: dict[str, Any] = {"role": "tool" if role == "function" else role, "content": text}
             if images:
-                kept["content"] = content
+                kept["content"], shown = content, True
             if len(entry) > 2:
                 kept |= {key: entry[key] for key in ("name", "tool_call_id") if isinstance(entry.get(key), str)}
             if calls and role == "assistant":
@@ -252,7 +255,7 @@ def parse_messages(messages: object) -> tuple[str, list[dict[str, Any]], str]:
                 message = text
     if message is None:
         _refuse("messages", "Missing user message in `messages`.")
-    return "\n\n".join(system), conversation, message
+    return "\n\n".join(system), conversation, message, shown
 
 
 def parse_content(content: object, name: str) -> str:

@@ -376,14 +376,16 @@ def said(role: str, content: Any = "x", **more: Any) -> dict[str, Any]:
     ],
 )  # fmt: skip
 def test_messages(messages: Any, system: str, conversation: Any, message: str) -> None:
-    assert chat.parse_messages(messages) == (system, conversation, message)
+    assert chat.parse_messages(messages)[:3] == (system, conversation, message)
 
 
 @pytest.mark.parametrize(
     ("content", "expected"), [("image_url", False), ([text("image_url")], False), ([IMAGE], True), ([], False)]
 )
 def test_images_are_noticed(content: Any, expected: bool) -> None:
-    assert chat.parse_request(json.dumps({"messages": [USER, said("user", content)]}).encode()).images is expected
+    body = json.dumps({"messages": [USER, said("user", content)]}).encode()
+    assert chat.parse_request(body).images is expected
+    assert chat.parse_request(body.replace(b"image_", rb"imag\u0065_")).images is expected
 
 
 @pytest.mark.parametrize(
