@@ -60,7 +60,7 @@ def blocks() -> Iterator[Block]:
 
 def commands(text: str) -> Iterator[list[str]]:
     """The commands of a shell's script as words, from their names on; comments, assignments and subshells apart."""
-    for line in text.replace("\\\n", " ").splitlines():
+    for line in text.replace("\\\n", " ").replace(" 2>&1", "").splitlines():
         for part in re.split(r"[;|]|&&", line):
             with_comments = shlex.shlex(part.strip("( )"), posix=True, punctuation_chars=">")
             with_comments.whitespace_split = True
