@@ -15,6 +15,7 @@ from typing import Any
 HOLD_SECONDS = 5.0  # how long the head of a stream waits for the first word
 SILENCE_SECONDS = 15.0  # between two comments of a silent stream
 DEFAULT_MODEL = "copepod"  # what is answered to a call that names none
+NOTHING: Mapping[str, Sequence[Any]] = {}
 
 DONE = b"data: [DONE]\n\n"
 KEEP_ALIVE = b": keep-alive\n\n"
@@ -26,18 +27,24 @@ def completion(
     text: str,
     finish_reason: str,
     usage: Mapping[str, int],
-    calls: Sequence[Mapping[str, Any]] = (),
-    reasoning: str = "",
-    logprobs: Sequence[Mapping[str, Any]] = (),
+    more: Mapping[str, Sequence[Any]] = NOTHING,
 ) -> bytes:
-    """Return the whole answer, a `chat.completion` object with the run's id, as JSON."""
-    more = f',"reasoning_content":{encode_basestring_ascii(reasoning)}' if reasoning else ""
-    more += f',"tool_calls":{json.dumps(calls)}' if calls else ""
-    content = "null" if calls and not text else encode_basestring_ascii(text)
+    """Return the whole answer, a `chat.completion` object with the run's id, as JSON.
+
+    `more` is what came besides the text: the deltas of "reasoning" and of "logprobs", and whole "tool_calls".
+    """
+    content, besides, logprobs = encode_basestring_ascii(text), "", ""
+    if more:
+        logprobs = _logprobs(more.get("logprobs", ()))
+        if reasoning := "".join(more.get("reasoning", ())):
+            besides = f',"reasoning_content":{encode_basestring_ascii(reasoning)}'
+        if calls := more.get("tool_calls"):
+            besides += f',"tool_calls":{json.dumps(calls)}'
+            content = content if text else "null"
     return (
         f'{{"id":"{run_id}","object":"chat.completion","created":{int(time.time())},'
         f'"model":{encode_basestring_ascii(model or DEFAULT_MODEL)},"choices":[{{"index":0,"message":'
-        f'{{"role":"assistant","content":{content}{more}}},{_logprobs(logprobs)}"finish_reason":"{finish_reason}"}}],'
+        f'{{"role":"assistant","content":{content}{besides}}},{logprobs}"finish_reason":"{finish_reason}"}}],'
         f'"usage":{_usage(usage)}}}'
     ).encode("ascii")
 

@@ -174,12 +174,9 @@ def parse_request(body: bytes) -> ChatRequest:
                 _must(name, known[1])
             if name not in _OURS:
                 params[name] = value
-    user, usage, events = ("", False, False) if _CLOSER.isdisjoint(fields) else _look_closer(fields)
+    user, usage, events, tools = ("", False, False, _NO_TOOLS) if _CLOSER.isdisjoint(fields) else _look_closer(fields)
     system, messages, message, images = parse_messages(fields.get("messages"))
     stream = fields.get("stream") is True
-    tools = _NO_TOOLS
-    if fields.get("tools"):
-        tools = {name: value for name in _TOOLS if (value := fields.get(name)) is not None}
     model = fields.get("model") or ""
     return ChatRequest(model, user, stream, usage, events, system, messages, message, params, tools, images)
 
@@ -191,8 +188,8 @@ def check_tools(call: ChatRequest, agent_id: str) -> None:
         _refuse("tools", f"{said} or ask for an agent that has `clientTools: true`.")
 
 
-def _look_closer(fields: Mapping[str, Any]) -> tuple[str, bool, bool]:
-    """Return `user`, and `include_usage` and `include_events` of `stream_options`.
+def _look_closer(fields: Mapping[str, Any]) -> tuple[str, bool, bool, Mapping[str, Any]]:
+    """Return `user`, `include_usage` and `include_events` of `stream_options`, and the fields about tools.
 
     APIError: 400, also for what else a type alone does not say.
     """
@@ -209,7 +206,8 @@ def _look_closer(fields: Mapping[str, Any]) -> tuple[str, bool, bool]:
     user = fields.get("user")
     user = user if isinstance(user, str) else ""  # Open WebUI sends an object
     _check_key(user, "`user`", "user")
-    return user, options.get("include_usage") is True, options.get("include_events") is True
+    chosen = {name: value for name in _TOOLS if (value := fields.get(name)) is not None} if tools else _NO_TOOLS
+    return user, options.get("include_usage") is True, options.get("include_events") is True, chosen
 
 
 def _check_key(key: str, what: str, param: str | None = None) -> None:
@@ -241,7 +239,7 @@ def parse_messages(messages: object) -> tuple[str, list[dict[str, Any]], str, bo
         if role in ("system", "developer"):
             system += [text] if text else []
             continue
-        images = role == "user" and text is not content and _has_images(content)
+        images = text is not content and role == "user" and _has_images(content)
         if role in ROLES and (text or calls or images or (role == "tool" and entry.get("tool_call_id"))):
             kept: dict[str, Any] = {"role": "tool" if role == "function" else role, "content": text}
             if images:

@@ -756,7 +756,8 @@ class Gateway:
             ("x-copepod-session-key", chat.printable(target.session_key)),
             ("x-copepod-agent-id", target.agent_id),
         ]
-        call = _fitted(call, house.config.agents[target.agent_id])
+        if call.tools or call.images:
+            call = _fitted(call, house.config.agents[target.agent_id])
         c = x.connection
         c.watch()
         try:
@@ -787,8 +788,8 @@ class Gateway:
             raise chat.run_error(**data)
         if run.lost:
             x.fields.append(("x-copepod-store", "failed"))
-        more = (runs.joined(run.calls), "".join(run.thoughts), run.logprobs)
-        return x.send(200, chat_answers.completion(run.id, call.model, "".join(run.answer), data, run.usage, *more))
+        more = run.more and {**run.more, "tool_calls": runs.joined(run.more.get("tool_calls", ()))}
+        return x.send(200, chat_answers.completion(run.id, call.model, "".join(run.answer), data, run.usage, more))
 
     def accept(
         self,

@@ -25,6 +25,7 @@ Event = tuple[str, Any]
 #   ("accepted", None) ("start", None) ("delta", text) ("reasoning", text) ("tool", dict) ("tool_calls", fragments)
 #   ("logprobs", dict) ("usage", dict) ("end", finish_reason)
 #   ("error", {"kind", "message", "retry_after", "taken"})
+BESIDES = ("reasoning", "tool_calls", "logprobs")  # what an answer may have besides text
 ACCEPTED: Event = ("accepted", None)
 START: Event = ("start", None)
 CANCELLED: Event = ("error", {"kind": "cancelled", "message": "The run was cancelled."})
@@ -61,9 +62,9 @@ class Run:
     """
 
     __slots__ = (
-        "agent_id", "answer", "asked", "begun", "calls", "cancels", "deadline", "ended_at", "finish_reason", "gate",
-        "gone", "id", "lane", "logprobs", "lost", "outside", "owner", "placed", "provider", "providers", "room", "said",
-        "session_key", "spoken_at", "started_at", "stopping", "stored", "task", "thoughts", "turn", "usage",
+        "agent_id", "answer", "asked", "begun", "cancels", "deadline", "ended_at", "finish_reason", "gate", "gone",
+        "id", "lane", "lost", "more", "outside", "owner", "placed", "provider", "providers", "room", "said",
+        "session_key", "spoken_at", "started_at", "stopping", "stored", "task", "turn", "usage",
     )  # fmt: skip
 
     def __init__(
@@ -105,9 +106,7 @@ class Run:
         self.finish_reason = "stop"
         self.provider = ""  # the name of the one that answers
         self.answer: list[str] = []  # the deltas so far
-        self.thoughts: Sequence[str] = ()  # likewise, of reasoning
-        self.logprobs: Sequence[dict[str, Any]] = ()  # of the deltas, in OpenAI's form
-        self.calls: Sequence[list[dict[str, Any]]] = ()  # likewise, of calls of the client's tools
+        self.more: dict[str, list[Any]] = {}  # likewise, of each of BESIDES that came
         self.started_at: float | None = None  # seconds since the epoch
         self.ended_at: float | None = None
         self.task: asyncio.Task[Any] | None = None  # the one that drives it
@@ -134,16 +133,9 @@ class Run:
             self.answer.append(item)
         elif "tool" in item:
             event, size = ("tool", item["tool"]), 0
-        elif "reasoning" in item:
-            event, size = ("reasoning", item["reasoning"]), len(item["reasoning"])
-            self._list("thoughts").append(item["reasoning"])
-        elif calls := item.get("tool_calls"):
-            texts = (text for each in calls for text in (each.get("id", ""), *each["function"].values()))
-            event, size = ("tool_calls", calls), FRAGMENT * len(calls) + sum(map(len, texts))
-            self._list("calls").append(calls)
-        elif "logprobs" in item:
-            event, size = ("logprobs", item["logprobs"]), len(json.dumps(item["logprobs"]))
-            self._list("logprobs").append(item["logprobs"])
+        elif kind := next((kind for kind in BESIDES if item.get(kind)), ""):
+            event, size = (kind, item[kind]), _size(kind, item[kind])
+            self.more.setdefault(kind, []).append(item[kind])
         else:
             self.usage = item.get("usage", self.usage)
             self.finish_reason = item.get("finish_reason", self.finish_reason)
@@ -155,18 +147,11 @@ class Run:
             self.spoken_at = now()
         return event
 
-    def _list(self, name: str) -> list[Any]:
-        """Return what has come of that so far; most runs have none of it."""
-        if not getattr(self, name):
-            setattr(self, name, [])
-        found: list[Any] = getattr(self, name)
-        return found
-
     @property
     def message(self) -> Message:
         """The assistant's message, as far as it has come."""
         message: Message = {"role": "assistant", "content": "".join(self.answer)}
-        return message | {"tool_calls": joined(self.calls)} if self.calls else message
+        return message | {"tool_calls": joined(self.more["tool_calls"])} if "tool_calls" in self.more else message
 
     def left(self, error: BaseException) -> bool:
         """Whether `error` is of the one that drives it: a cancel that is not `stop`'s, or its reader that is gone."""
@@ -182,6 +167,16 @@ class Run:
             self.cancels -= 1
             self.task.uncancel()
         return self.task is not None and self.task.cancelling() > 0
+
+
+def _size(kind: str, value: Any) -> int:
+    """Return how many characters of an answer an event of BESIDES counts for."""
+    if kind == "reasoning":
+        return len(value)
+    if kind == "logprobs":
+        return len(json.dumps(value))
+    texts = (text for call in value for text in (call.get("id", ""), *call["function"].values()))
+    return FRAGMENT * len(value) + sum(map(len, texts))
 
 
 def joined(deltas: Sequence[Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:
@@ -406,7 +401,7 @@ class Runs:
             self._tell(run, START)
             new = await self._recall(run) if run.stored else None
             await self._answer(run, take, drain)
-            if run.calls and run.finish_reason == "stop":  # some servers say so, and clients go by it
+            if run.finish_reason == "stop" and "tool_calls" in run.more:  # some servers say so, and clients go by it
                 run.finish_reason = "tool_calls"
             if run.stopping is not None:  # its agent ended instead of being cancelled
                 raise run.stopping

@@ -124,14 +124,14 @@ CALLED = [{"id": "c", "type": "function", "function": {"name": "look", "argument
     ],
 )
 def test_completion_with_more_than_text(text: str, calls: Any, reasoning: str, expected: dict[str, Any]) -> None:
-    body = chat_answers.completion(RUN_ID, "", text, "stop", USAGE, calls, reasoning)
+    body = chat_answers.completion(RUN_ID, "", text, "stop", USAGE, {"tool_calls": calls, "reasoning": [*reasoning]})
     assert body.isascii()
     assert json.loads(body)["choices"][0]["message"] == {"role": "assistant", **expected}
 
 
 def test_logprobs() -> None:
     parts = [{"content": [{"token": "a", "logprob": -1.5}]}, {"content": [{"token": "\u2028"}], "refusal": [1]}]
-    body = chat_answers.completion(RUN_ID, "", "x", "stop", USAGE, logprobs=parts)
+    body = chat_answers.completion(RUN_ID, "", "x", "stop", USAGE, {"logprobs": parts})
     assert body.isascii()
     (choice,) = json.loads(body)["choices"]
     assert choice["logprobs"] == {"content": [{"token": "a", "logprob": -1.5}, {"token": "\u2028"}], "refusal": [1]}

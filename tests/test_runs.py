@@ -1097,7 +1097,7 @@ def test_calls_and_thoughts() -> None:
         events = [("reasoning", "hm"), ("logprobs", {"content": []}), ("tool_calls", first), ("tool_calls", more)]
         events += [("end", "tool_calls")]
         assert await desk.take_all(run) == events
-        assert (run.thoughts, run.logprobs) == (["hm"], [{"content": []}])
+        assert (run.more["reasoning"], run.more["logprobs"]) == (["hm"], [{"content": []}])
         assert run.turn["messages"] == [U("x"), user("hi")]
         assert desk.saved[0][3] == [user("hi"), {"role": "assistant", "content": "", "tool_calls": [call("a")]}]
 
