@@ -206,6 +206,7 @@ ROOT: dict[str, Table] = {
                     "sessionFrom": _choice("user", "user", "header", "none"),
                 },
                 "metrics": {"enabled": FLAG._replace(default=False), "auth": FLAG._replace(default=True)},
+                "webchat": {"enabled": FLAG._replace(default=False)},
             },
         },
         "tls": {"enabled": FLAG, "cert": TEXT, "key": TEXT, "certPath": TEXT, "keyPath": TEXT},
@@ -299,6 +300,7 @@ class Config(NamedTuple):
     session_from: str  # "user", "header" or "none"
     metrics: bool
     metrics_auth: bool
+    webchat: bool
     tls: tuple[str, str] | None
     agents: dict[str, Agent]
     default_agent: str
@@ -326,6 +328,7 @@ FIELDS = {
     "session_headers": "gateway.http.endpoints.chatCompletions.sessionHeaders",
     "session_from": "gateway.http.endpoints.chatCompletions.sessionFrom",
     "metrics": "gateway.http.endpoints.metrics.enabled", "metrics_auth": "gateway.http.endpoints.metrics.auth",
+    "webchat": "gateway.http.endpoints.webchat.enabled",
     "max_concurrent": "agents.defaults.maxConcurrent",
     "store": "session.store", "max_messages": "session.maxMessages",
     "log_level": "logging.level", "log_format": "logging.format",

@@ -50,6 +50,7 @@ if TYPE_CHECKING or not __package__:  # a checkout: the files lie beside this on
     import settings
     import starter
     import tls
+    import webchat
     from chat_completions import APIError
     from config import Config, ConfigError
     from connection import FOREVER, Connection, now, raise_file_limit, room_for
@@ -84,6 +85,7 @@ else:  # installed or vendored: they are modules of this package
         settings,
         starter,
         tls,
+        webchat,
     )
     from . import chat_completions as chat
     from . import config as configuration
@@ -641,6 +643,9 @@ class Gateway:
             if house.config.metrics_auth:
                 self._check_credential(x, request, house, auth.READ)
             x.send(200, measured.text(*self._gauges(), self.refusals), type=("Content-Type", metrics.MEDIA_TYPE))
+        elif path == "/" and house.config.webchat:
+            self._check_method(request, "GET", "HEAD")
+            x.send(200, *webchat.page())
         elif path == "*":
             x.send(204, b"", [("Allow", "GET, HEAD, POST, OPTIONS")])
         else:

@@ -1,7 +1,7 @@
 """Build the program as one file with all it needs but Python, the same bytes each time: `make_pyz.py FILE`.
 
-So that it is small, the modules are one member of the zip, compressed as one, without comments and docstrings; each
-statement keeps its line, for tracebacks. `unzip -p copepod.pyz modules` shows them.
+So that it is small, the modules are one member of the zip, compressed as one with the chat page, without comments and
+docstrings; each statement keeps its line, for tracebacks. `unzip -p copepod.pyz modules` shows them.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 from zipfile import ZIP_DEFLATED, ZipFile, ZipInfo
 
 ROOT = Path(__file__).resolve().parent.parent
+PAGE = "webchat.html"
 JSON5_PROGRAM = {"__main__.py", "tool.py"}  # its command line is not ours
 
 
@@ -49,7 +50,8 @@ def sources() -> dict[str, bytes]:
 def contents() -> dict[str, bytes]:
     """What is in the file, by name. In `modules`, each begins with a form feed, its path and a line feed."""
     (json5_licence,) = (path for path in distribution("json5").files or [] if path.name == "LICENSE")
-    packed = [b"\f%s\n%s" % (name.encode(), bare(source)) for name, source in sorted(sources().items())]
+    files = {name: bare(source) for name, source in sources().items()} | {f"copepod/{PAGE}": (ROOT / PAGE).read_bytes()}
+    packed = [b"\f%s\n%s" % (name.encode(), data) for name, data in sorted(files.items())]
     return {
         "__main__.py": (ROOT / "tests" / "pyz_main.py").read_bytes(),
         "copepod/LICENSE": (ROOT / "LICENSE").read_bytes(),

@@ -11,7 +11,7 @@ from zipimport import zipimporter
 
 
 class Pack(SourceFileLoader):
-    """The standard loader of one module, with a source from `modules` where it would read a file."""
+    """The standard loader of one module, with what is in `modules` where it, or the module, would read a file."""
 
     archive = os.path.dirname(os.path.abspath(__file__))
     sources: dict[str, bytes]  # by path, as if `modules` were a folder

@@ -81,7 +81,7 @@ def test_the_built_in_default() -> None:
     assert (got.max_connections, got.drain_seconds) == (1024, 30)
     assert (got.keep_alive_seconds, got.write_timeout_seconds) == (30, 30)
     assert (got.chat_completions, got.session_headers, got.session_from) == (False, (), "user")
-    assert (got.tls, got.max_concurrent) == (None, 64)
+    assert (got.webchat, got.tls, got.max_concurrent) == (False, None, 64)
     assert got.agents == {"main": config.Agent("main", "main", ("echo/echo",), "", {}, 570, False, False)}
     assert got.default_agent == "main"
     assert got.providers == {"echo": config.Provider("echo", "echo", {})}
@@ -138,6 +138,7 @@ TOKEN = {"COPEPOD_GATEWAY_TOKEN": "t"}
         ({}, {}, "metrics_auth", True),
         (gateway(http={"endpoints": {"metrics": {"enabled": True}}}), {}, "metrics", True),
         (gateway(http={"endpoints": {"metrics": {"auth": False}}}), {}, "metrics_auth", False),
+        (gateway(http={"endpoints": {"webchat": {"enabled": True}}}), {}, "webchat", True),
         (gateway(http={"allowedOrigins": ["https://a.example"]}), {}, "allowed_origins", ("https://a.example",)),
         (gateway(http={"allowedHosts": ("a",)}), {}, "allowed_hosts", ("a",)),
         (gateway(http={"keepAliveSeconds": 0.2}), {}, "keep_alive_seconds", 0.2),

@@ -27,6 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 VERSION = f"copepod {PROJECT['project']['version']}\n"
 MODULES = {path.name for path in ROOT.glob("*.py")}
+PAGE = make_pyz.PAGE
 SMALL = 128_000  # bytes of the one file
 WHEEL = 180_000  # of the wheel, which has every comment: they are a quarter of it
 BOUND = 300  # seconds; a package index may be slow
@@ -58,8 +59,9 @@ def checkout(tmp_path: Path) -> Path:
 
 
 def serves(*argv: object, cwd: Path) -> None:
-    """Start the program, have one request answered, stop it."""
-    options = ("--set", "gateway.port=0", "--set", "gateway.http.endpoints.chatCompletions.enabled=true")
+    """Start the program, have one request answered and the chat page given, stop it."""
+    endpoints = [f"gateway.http.endpoints.{name}.enabled=true" for name in ("chatCompletions", "webchat")]
+    options = [word for setting in ("gateway.port=0", *endpoints) for word in ("--set", setting)]
     words, environ = [str(word) for word in (*argv, *options)], {**ENVIRON, "HOME": str(cwd)}
     child = subprocess.Popen(words, cwd=cwd, env=environ, stdout=subprocess.PIPE)
     assert child.stdout is not None
@@ -72,6 +74,9 @@ def serves(*argv: object, cwd: Path) -> None:
         answer = connection.getresponse()
         assert answer.status == 200
         assert json.load(answer)["choices"][0]["message"]["content"] == "from afar"
+        connection.request("GET", "/")
+        answer = connection.getresponse()
+        assert (answer.status, answer.read()) == (200, (ROOT / PAGE).read_bytes())
         connection.close()
         child.send_signal(signal.SIGTERM)
         assert child.wait(BOUND) == 0
@@ -180,7 +185,9 @@ def test_the_wheel_holds_the_package_and_nothing_else(checkout: Path, tmp_path: 
         (licence,) = (name for name in names if name.endswith("/licenses/LICENSE"))
         about = BytesParser().parsebytes(wheel.read(metadata))
         assert wheel.read(licence) == (ROOT / "LICENSE").read_bytes()
-    assert {name for name in names if ".dist-info/" not in name} == {f"copepod/{n}" for n in (*MODULES, "py.typed")}
+    assert {name for name in names if ".dist-info/" not in name} == {
+        f"copepod/{name}" for name in (*MODULES, "py.typed", PAGE)
+    }
     assert (about["License-Expression"], about["Requires-Python"]) == ("MIT", ">=3.11")
     required = [line for line in about.get_all("Requires-Dist", []) if "extra ==" not in line]
     assert required == PROJECT["project"]["dependencies"]
@@ -204,7 +211,7 @@ def pyz(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def packed(pyz: Path) -> dict[str, bytes]:
-    """The modules in the one file, by their path."""
+    """The modules in the one file, and the page, by their path."""
     with ZipFile(pyz) as archive:
         first, *parts = archive.read("modules").split(b"\f")
     assert not first
@@ -279,8 +286,10 @@ def test_one_file_holds_the_modules_and_the_licences(pyz: Path, packed: dict[str
         assert archive.read("__main__.py") == (ROOT / "tests" / "pyz_main.py").read_bytes()
         assert archive.read("copepod/LICENSE") == (ROOT / "LICENSE").read_bytes()
         assert b"Apache License" in archive.read("json5/LICENSE")
-    assert list(packed) == sorted(make_pyz.sources())
-    assert {name.removeprefix("copepod/") for name in packed if not name.startswith("json5/")} == MODULES
+    assert list(packed) == sorted([*make_pyz.sources(), f"copepod/{PAGE}"])
+    ours = {name.removeprefix("copepod/") for name in packed if not name.startswith("json5/")}
+    assert ours == {*MODULES, PAGE}
+    assert packed[f"copepod/{PAGE}"] == (ROOT / PAGE).read_bytes()
 
 
 def test_one_file_is_small(pyz: Path) -> None:
@@ -307,7 +316,7 @@ def statements(source: bytes) -> list[tuple[int, str]]:
 def test_vendored_beside_a_foreign_module_of_the_same_name(tmp_path: Path) -> None:
     folder = tmp_path / "app" / "_vendor" / "copepod"
     folder.mkdir(parents=True)
-    for name in MODULES:
+    for name in (*MODULES, PAGE):
         shutil.copy(ROOT / name, folder)
     (tmp_path / "auth.py").write_text("foreign = True\n", encoding="utf-8")
     code = (
