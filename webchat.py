@@ -20,7 +20,7 @@ class Page(NamedTuple):
 
 
 def policy(html: bytes) -> str:
-    """Return the Content-Security-Policy (CSP3) of a page: its own inline script and style, and its own gateway.
+    """Return the Content-Security-Policy (CSP3) of a page: its own inline script, style and icon, and its own gateway.
 
     'self' of connect-src is the WebSocket too (CSP3 6.7.2.8). What comes over it cannot become HTML or a script.
     """
@@ -32,8 +32,9 @@ def policy(html: bytes) -> str:
         return " ".join(f"'sha256-{b64encode(sha256(text).digest()).decode()}'" for text in found)
 
     return (
-        f"default-src 'none'; script-src {hashes('script')}; style-src {hashes('style')}; connect-src 'self'; "
-        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'"
+        f"default-src 'none'; script-src {hashes('script')}; style-src {hashes('style')}; img-src data:; "
+        "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+        "require-trusted-types-for 'script'"
     )
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[n]) for n in (1, 2)]
 
-import devtools
-import live
+import devtools  # noqa: E402
+import live  # noqa: E402
 
 SIZE = (880, 470)
 SETTINGS = {
@@ -19,9 +19,9 @@ SETTINGS = {
     "agents.list": [{"id": "main", "name": "Helper"}, {"id": "poet", "name": "Poet"}],
 }
 TALK = {
-    "What does the disk on the NAS say?": "All four are well. The oldest has run for 31,207 hours and counts no errors.",
-    "Remind me of the train": "It leaves at 7:42 from platform 3. You are awake at six, as every Tuesday.",
-    "How do I keep the newest ten backups?": """\
+    "How are the disks?": "All four are well. The oldest has run for 31,207 hours, without an error.",
+    "When is the train?": "It leaves at 7:42 from platform 3. You are awake at six, as every Tuesday.",
+    "How do I keep ten backups?": """\
 List them by time, leave out the first ten, and remove the rest:
 
 ```sh

@@ -336,6 +336,99 @@ def test_a_connection_that_is_lost_loses_no_words(play: Play) -> None:
     play(main)
 
 
+def test_an_answer_that_ended_while_nobody_heard(play: Play) -> None:
+    async def main(stage: Stage) -> None:
+        agent = Step(["one ", "two"])
+        async with stage.serving({"main": agent}):
+            tab = await stage.tab()
+            await send(tab, "Count")
+            agent.go.release()
+            await tab.says("one", "article.assistant")
+            for connection in list(stage.hub.upgraded):
+                connection.transport.abort()
+            agent.go.release()
+            await live.within(agent.left.wait())
+            await tab.says("one two", "article.assistant")
+            await tab.until(OVER)
+            assert await tab.evaluate("document.querySelectorAll('article').length") == 2
+
+    play(main)
+
+
+def test_a_message_that_did_not_arrive_is_sent_again(play: Play) -> None:
+    heard: list[str] = []
+
+    async def once(message: str) -> str:
+        heard.append(message)
+        return "heard"
+
+    async def main(stage: Stage) -> None:
+        async with stage.serving({"main": once}):
+            tab = await stage.tab()
+            await tab.evaluate("socket.send = () => {}, 0")
+            await send(tab, "Hello?")
+            await tab.says("Hello?", "article.mine")
+            for connection in list(stage.hub.upgraded):
+                connection.transport.abort()
+            await tab.says("heard", "article.assistant")
+            await tab.until(OVER)
+            assert heard == ["Hello?"]
+
+    play(main)
+
+
+def test_messages_in_a_row(play: Play) -> None:
+    async def main(stage: Stage) -> None:
+        agent = Step(["word"])
+        async with stage.serving({"main": agent}):
+            tab = await stage.tab()
+            await send(tab, "first")
+            await tab.until(RUNNING)
+            await send(tab, "second")
+            await tab.until("document.querySelectorAll('article.assistant').length === 2")
+            agent.go.release()
+            await tab.until(f"{ANSWERS}[0][1] === 'word'")
+            assert await tab.evaluate(RUNNING)
+            agent.go.release()
+            await tab.until(OVER)
+            assert await tab.evaluate(ANSWERS) == [["main", "word"], ["main", "word"]]
+            await tab.evaluate("document.getElementById('text').value = 'x'.repeat(600000), 0")
+            await tab.press("Enter")
+            await tab.says("This message is too long", "[role=status]")
+
+    play(main)
+
+
+def test_a_friend_sees_its_own(play: Play) -> None:
+    async def main(stage: Stage) -> None:
+        friend = {"name": "alice", "token": "of-alice", "agents": ["beta"]}
+        changes = {
+            "agents.list": [{"id": "main"}, {"id": "beta"}],
+            "gateway.auth.mode": "password",
+            "gateway.auth.password": TOKEN,
+            "gateway.auth.tokens": [friend],
+        }
+        async with stage.serving({"main": says, "beta": says}, changes):
+            tab = await stage.tab(until="Who is there?")
+            await tab.type("of-alice")
+            await tab.press("Enter")
+            await tab.says("Talk to beta")
+            assert await tab.evaluate("[...document.querySelectorAll('option')].map((o) => o.value)") == ["beta"]
+            await send(tab, "of mine")
+            await tab.says("You said: of mine", "article.assistant")
+            await tab.says("of mine", "nav a[aria-current]")
+            operator = await stage.tab(until="Who is there?")
+            await operator.type(TOKEN)
+            await operator.press("Enter")
+            await operator.says("Talk to main")
+            await operator.click("nav a")  # of the friend, whom an operator may answer
+            await operator.says("You said: of mine", "article.assistant")
+            await send(operator, "from the operator")
+            await operator.says("You said: from the operator", "article:last-child")
+
+    play(main)
+
+
 def test_hostile_text_is_text(play: Play) -> None:
     async def hostile(message: str) -> AsyncIterator[str]:
         for part in (HOSTILE, "\n\n```html\n", HOSTILE, "\n```\n", "[a](javascript:alert(1))"):
@@ -418,6 +511,17 @@ def test_by_keyboard_alone(play: Play) -> None:
             await tab.press("Enter")
             await tab.says("Talk to main")
             assert await rings(tab) == "text"
+
+    play(main)
+
+
+def test_the_icon_is_a_picture(play: Play) -> None:
+    async def main(stage: Stage) -> None:
+        async with stage.serving({"main": says}):
+            tab = await stage.tab()
+            icon = "Object.assign(new Image(), { src: document.querySelector('link').href })"
+            assert await tab.evaluate(f"((image) => image.decode().then(() => image.naturalWidth > 0))({icon})")
+            tab.addresses = [address for address in tab.addresses if not address.startswith("data:")]
 
     play(main)
 
