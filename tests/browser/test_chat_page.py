@@ -307,7 +307,7 @@ def test_an_answer_that_a_crash_has_ended(play: Play) -> None:
             for connection in list(stage.hub.upgraded):
                 connection.transport.abort()
         async with stage.serving({"main": says}, {"gateway.port": port}):
-            await tab.says("The connection was lost before the answer had ended.", "article.assistant")
+            await tab.says("The gateway was restarted before the answer had ended.", "article.assistant")
             await tab.until(OVER)
         stage.forgiven = "ERR_CONNECTION_REFUSED"
 
@@ -351,6 +351,19 @@ def test_an_answer_that_ended_while_nobody_heard(play: Play) -> None:
             await tab.says("one two", "article.assistant")
             await tab.until(OVER)
             assert await tab.evaluate("document.querySelectorAll('article').length") == 2
+
+    play(main)
+
+
+def test_a_gateway_that_is_silent_is_called_again(play: Play) -> None:
+    async def main(stage: Stage) -> None:
+        async with stage.serving({"main": says}):
+            tab = await stage.tab()
+            # when something was heard is looked at every five seconds
+            await tab.until("heard = 0, document.body.innerText.includes('Not connected, trying again')")
+            await tab.says("Connected")
+            await send(tab, "there?")
+            await tab.says("You said: there?", "article.assistant")
 
     play(main)
 
