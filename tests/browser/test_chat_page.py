@@ -223,6 +223,7 @@ def test_another_conversation(play: Play) -> None:
             tab = await stage.tab()
             await send(tab, "the first")
             await tab.says("the first", "nav a[aria-current]")
+            assert await tab.evaluate("document.getElementById('log').ariaLive") == "polite"
             await tab.click("#new")
             await tab.says("Talk to main")
             assert await rings(tab) == "text"
@@ -236,6 +237,7 @@ def test_another_conversation(play: Play) -> None:
             await tab.says("You said: the first", "article.assistant")
             await tab.says("the first", "nav a[aria-current]")
             assert await tab.evaluate("document.getElementById('agent').value") == "main"
+            assert await tab.evaluate("document.getElementById('log').ariaLive") == "off"  # it is not read aloud
             await tab.evaluate("history.back()")
             await tab.says("You said: the second", "article.assistant")
 
@@ -290,6 +292,26 @@ def test_the_gateway_is_restarted(play: Play, tmp_path: Path) -> None:
             await tab.press("Enter")
             await tab.says("You said: kept while away")
             assert await tab.evaluate(f"{ANSWERS}.length") == 2
+        stage.forgiven = "ERR_CONNECTION_REFUSED"
+
+    play(main)
+
+
+def test_a_token_that_is_right_no_more(play: Play) -> None:
+    async def main(stage: Stage) -> None:
+        async with stage.serving({"main": says}, WITH_TOKEN):
+            tab = await stage.tab(until="Who is there?")
+            await tab.type(TOKEN)
+            await tab.press("Enter")
+            await tab.says("Talk to main")
+            port = stage.port
+        async with stage.serving({"main": says}, {**WITH_TOKEN, "gateway.auth.token": "new", "gateway.port": port}):
+            await tab.says("That is not it", "#refused")
+            assert await tab.evaluate("sessionStorage.length") == 0
+            assert await tab.evaluate("document.getElementById('composer').hidden")
+            await tab.type("new")
+            await tab.press("Enter")
+            await tab.says("Talk to main")
         stage.forgiven = "ERR_CONNECTION_REFUSED"
 
     play(main)
