@@ -22,7 +22,7 @@ class Page(NamedTuple):
 def policy(html: bytes) -> str:
     """Return the Content-Security-Policy (CSP3) of a page: its own inline script, style and icon, and its own gateway.
 
-    'self' of connect-src is the WebSocket too (CSP3 6.7.2.8). What comes over it cannot become HTML or a script.
+    'self' of connect-src is the WebSocket too. What comes over it cannot become HTML or a script.
     """
     from base64 import b64encode
     from hashlib import sha256  # here: it brings OpenSSL with it
