@@ -173,13 +173,15 @@ def _plain(text: str, stream: TextIO) -> str:
     return CONTROLS.sub("\ufffd", text) if stream.isatty() else text
 
 
-def say_ready(url: str, chat_completions: bool, mode: str) -> None:
-    """Prints that the gateway listens, and a line to paste where it answers curl; never the secret itself."""
+def say_ready(url: str, chat_completions: bool, mode: str, webchat: bool) -> None:
+    """Prints that the gateway listens, a line to paste where it answers curl (never the secret), and where it chats."""
     print(f"{PROGRAM} listening on {url}")
     if chat_completions:
         auth = f'-H "Authorization: Bearer $COPEPOD_GATEWAY_{mode.upper()}" ' if mode != "none" else ""
         body = '{"model": "copepod", "messages": [{"role": "user", "content": "hi"}]}'
         print(f"curl -sS {url}/v1/chat/completions {auth}-H 'Content-Type: application/json' -d '{body}'")
+    if webchat:
+        print(f"chat in a browser at {url}/")
     sys.stdout.flush()
 
 

@@ -937,7 +937,7 @@ async def _serve(config: Config, options: Namespace) -> int:
         if (error := doctor.unbound(config.bind, config.port)) is None:  # it was not the port
             raise
         raise OSError(": ".join(doctor.in_the_way(config.bind, config.port, error.errno))) from None
-    cli.say_ready(gateway.url, config.chat_completions, config.auth.mode)
+    cli.say_ready(gateway.url, config.chat_completions, config.auth.mode, config.webchat)
     if (loops := type(loop).__module__.partition(".")[0]) != "asyncio":
         log.info("on the event loop of %s", loops)
     await signalled.wait()

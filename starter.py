@@ -100,11 +100,11 @@ TEXT = """\
 // `copepod config check` says what is wrong with it, `copepod doctor` also what is wrong around it.
 {
   gateway: {
-    port: %(port)s,  // OpenAI's API is http://127.0.0.1:%(port)s/v1 then
+    port: %(port)s,  // http://127.0.0.1:%(port)s/ is a chat page, and /v1 below it OpenAI's API
     bind: "loopback",  // this machine alone; "lan" is all that can reach it
     // Who has this token may do anything; `copepod token new` makes tokens for friends.
     auth: { mode: "token", token: %(token)s },
-    http: { endpoints: { chatCompletions: { enabled: true } } },  // OpenAI's API
+    http: { endpoints: { chatCompletions: { enabled: true }, webchat: { enabled: true } } },
   },
   models: { providers: {  // where answers come from, each by a name of your own
 %(provider)s

@@ -239,8 +239,10 @@ def test_a_reader_that_has_gone_is_quiet(monkeypatch: pytest.MonkeyPatch, capfd:
 def test_what_is_said_when_it_listens(
     url: str, chat_completions: bool, mode: str, expected: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    cli.say_ready(url, chat_completions, mode)
+    cli.say_ready(url, chat_completions, mode, False)
     assert capsys.readouterr().out == expected
+    cli.say_ready(url, chat_completions, mode, True)
+    assert capsys.readouterr().out == f"{expected}chat in a browser at {url}/\n"
 
 
 def payload(*texts: str, **meta: Any) -> dict[str, Any]:
