@@ -17,6 +17,7 @@ SILENCE_SECONDS = 15.0  # between two comments of a silent stream
 DEFAULT_MODEL = "copepod"  # what is answered to a call that names none
 NOTHING: Mapping[str, Sequence[Any]] = {}
 
+WORD_END = '},"finish_reason":null}]}\n\n'
 DONE = b"data: [DONE]\n\n"
 KEEP_ALIVE = b": keep-alive\n\n"
 
@@ -73,7 +74,7 @@ class EventStream:
     The first ones wait for the first word, so that a run that fails before it is answered with a real status.
     """
 
-    __slots__ = ("_begun", "_clock", "_events", "_include_usage", "_last", "_send", "_start", "_unsent")
+    __slots__ = ("_begun", "_clock", "_events", "_include_usage", "_last", "_send", "_start", "_unsent", "_word")
 
     def __init__(
         self,
@@ -90,6 +91,7 @@ class EventStream:
             f'data: {{"id":"{run_id}","object":"chat.completion.chunk","created":{int(time.time())},'
             f'"model":{encode_basestring_ascii(model or DEFAULT_MODEL)},"choices":['
         )
+        self._word = self._start + '{"index":0,"delta":{"content":'
         self._events = count() if include_events else None
         self._begun = False
         self._last = clock()  # when something was sent
@@ -104,10 +106,10 @@ class EventStream:
 
     def take(self, kind: str, data: Any) -> bool:
         """Send what an event of the run is here: a delta, or that it has begun. True: the reader is slow."""
-        more = ""
         if kind == "delta":  # ASCII, since some clients split lines at U+2028 and its like
-            delta = f'"content":{encode_basestring_ascii(data)}'
-        elif kind == "reasoning":  # DeepSeek's word for it; OpenAI has none
+            return self._write(f"{self._word}{encode_basestring_ascii(data)}{WORD_END}".encode())
+        more = ""
+        if kind == "reasoning":  # DeepSeek's word for it; OpenAI has none
             delta = f'"reasoning_content":{encode_basestring_ascii(data)}'
         elif kind == "tool_calls":
             delta = f'"tool_calls":{json.dumps(data)}'
