@@ -400,19 +400,21 @@ def set_logging(level: str, form: str) -> None:
     logger.propagate = False
 
 
-def session_digest(place: Sequence[str]) -> str:
-    """Returns eight digits by which the log names a conversation, whose key may be a person's name."""
-    from hashlib import sha256  # here: it brings OpenSSL with it
+def session_name(run: Any) -> str:
+    """Returns the eight digits by which the log names a run's conversation, "-" where it is none that is kept.
 
-    return sha256("\0".join(place).encode("utf-8", "replace")).hexdigest()[:8]
+    They are of its session's id, which is random: of its key, which may be a person's name, even a digest tells who
+    guesses that he is right.
+    """
+    known = run is not None and run.stored and run.provider and not run.lost  # before its agent begins, it is not known
+    return run.turn["session_id"][:8] if known else "-"
 
 
 def access_log(form: str) -> Callable[..., None]:
     """Returns what writes a line of "text" or "json" to stderr for each answered request.
 
-    `run` is the one that was asked for, if any: of its `lane`, a digest is written where the conversation is kept, of
-    its `usage` the tokens. The lines of a moment are written at once, since a write for each would cost a tenth of what
-    an answer does.
+    `run` is the one that was asked for, if any: its conversation is named, and of its `usage` the tokens. The lines of
+    a moment are written at once, since a write for each would cost a tenth of what an answer does.
     """
     import asyncio
     import atexit
@@ -436,7 +438,7 @@ def access_log(form: str) -> Callable[..., None]:
         nonlocal second, clock
         if not lines:
             asyncio.get_running_loop().call_later(LOG_SECONDS, flush)
-        session, usage = ("-", None) if run is None else (session_digest(run.lane) if run.stored else "-", run.usage)
+        session, usage = session_name(run), run and run.usage
         if form == "json":
             fields = {"time": time.time(), "id": request_id, "client": client, "method": method, "path": path}
             fields |= {"status": status, "bytes": sent, "ms": round(ms, 1), "agent": agent, "token": token}
