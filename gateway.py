@@ -150,6 +150,8 @@ class House:
                 if name not in made:
                     made[name] = self._provider(name, request)
                 self.providers[agent.id].append((name, rest, made[name]))
+        models = [model for agent in config.agents.values() if agent.id not in agents for model in agent.models]
+        self.probe = probes.shared(partial(probes.probe_all, config.providers, models, request))
 
     def _provider(self, name: str, request: Any) -> runs.Provider:
         provider = self.config.providers.get(name)
@@ -344,8 +346,7 @@ class Desk:
         return {agent.id: () if agent.id in self._gateway._agents else agent.models for agent in agents}
 
     async def probe(self) -> dict[str, dict[str, Any]]:
-        models = [] if self._owner else [model for models in self.models_of.values() for model in models]
-        found = await probes.probe_all(self._config.providers, models, self._gateway._pool.request)
+        found = {} if self._owner else await self._gateway.house.probe()
         return {name: finding._asdict() for name, finding in found.items()}
 
     def config(self) -> dict[str, Any]:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 MAX_LIST = 4 * 1024 * 1024  # bytes of a list of models; the longest ones known are below one
 SECONDS = 2.0  # for connection and answer
+FRESH_SECONDS = 1.0  # for which an answer is given to who else asks
 
 
 if TYPE_CHECKING:
@@ -78,6 +80,21 @@ async def probe_all(
     each = (probe(it.api, it.options, used[name], request, seconds=seconds) for name, it in known.items())
     found = dict(zip(known, await asyncio.gather(*each), strict=True))
     return {name: found.get(name, Finding(False, "not configured", ())) for name in used}
+
+
+def shared(look: Callable[[], Awaitable[dict[str, Finding]]]) -> Callable[[], Awaitable[dict[str, Finding]]]:
+    """Return what looks, but one look at a time, and tells what it found for a moment: many would flood a server."""
+    lock, until, found = asyncio.Lock(), 0.0, dict[str, Finding]()
+
+    async def asked() -> dict[str, Finding]:
+        nonlocal until, found
+        async with lock:
+            if time.monotonic() >= until:
+                found = await look()
+                until = time.monotonic() + FRESH_SECONDS
+        return found
+
+    return asked
 
 
 def _openai(options: dict[str, Any]) -> tuple[str, dict[str, str]]:

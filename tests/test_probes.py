@@ -7,11 +7,13 @@ import json
 import socket
 import ssl
 import sys
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
 
-from probes import Finding, probe, probe_all
+import probes
+from probes import Finding, probe, probe_all, shared
 
 KEY = "sk-very-secret-key"
 BASE = {"baseUrl": "http://model.example/v1/", "apiKey": KEY, "headers": {}}
@@ -183,3 +185,32 @@ def test_all_are_asked_at_once():
         "echo": Finding(True, "part of the gateway", ()),
         "gone": Finding(False, "not configured", ()),
     }
+
+
+def test_of_many_who_ask_a_provider_sees_one(monkeypatch):
+    """One who leaves keeps nobody from an answer, and what is old is not told."""
+    looks, clock = [], [1.0]
+    monkeypatch.setattr(probes, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+
+    async def main():
+        go = asyncio.Event()
+
+        async def look():
+            looks.append(None)
+            await go.wait()
+            return {"up": THERE}
+
+        ask = shared(look)
+        asked = [asyncio.create_task(ask()) for _ in range(9)]
+        while not looks:
+            await asyncio.sleep(0)
+        asked[0].cancel()
+        go.set()
+        answers = await asyncio.gather(*asked, return_exceptions=True)
+        assert [type(answer) for answer in answers] == [asyncio.CancelledError, *[dict] * 8]
+        assert len(looks) == 2
+        clock[0] += probes.FRESH_SECONDS
+        assert await ask() == {"up": THERE}
+        assert len(looks) == 3
+
+    asyncio.run(main())
