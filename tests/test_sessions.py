@@ -528,6 +528,28 @@ def test_a_large_file_is_not_read_whole(tmp_path: Path, monkeypatch: pytest.Monk
     assert (tmp_path / "s.sqlite3").read_bytes() == before
 
 
+def test_a_file_that_was_growing_when_the_disk_was_full_is_whole_with_its_log(tmp_path: Path) -> None:
+    """SQLite moves pages out of the log, and keeps it until all of them have come to the disk."""
+    path, killed, turns = tmp_path / "s.sqlite3", tmp_path / "killed.sqlite3", 20
+
+    def kill() -> None:
+        log = Path(f"{path}-wal").read_bytes()
+        assert len(log) > path.stat().st_size
+        killed.write_bytes(path.read_bytes() + b"x" * 100)
+        Path(f"{killed}-wal").write_bytes(log)
+
+    async def work(store: Store) -> None:
+        for number in range(turns):
+            await add(store, [user("x" * 4096), assistant(str(number))])
+        kill()
+
+    async def look(store: Store) -> int:
+        return len((await store.history("main", KEY))[1])
+
+    using(Store(str(path), 100), work)
+    assert using(Store(str(killed), 100), look) == 2 * turns
+
+
 def test_a_damaged_file_with_a_log_of_a_killed_gateway_is_left_as_it_was(tmp_path: Path) -> None:
     path = tmp_path / "s.sqlite3"
     page(path)
