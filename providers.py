@@ -10,6 +10,7 @@ from typing import Any
 
 ECHO_SLICE = 256  # words between two turns of the loop: about a tenth of a millisecond
 MAX_TOOL = 256 * 1024  # characters of a tool event, or of one word's logprobs, as JSON
+MAX_TOKENS = 2**53 - 1  # the largest integer that every reader of JSON holds exactly (RFC 8259 6)
 FINISH_REASONS = {"stop", "length", "tool_calls", "content_filter"}
 WORD = re.compile(r"\S+\s*|\s+")
 
@@ -45,6 +46,8 @@ def usage_of(usage: object) -> dict[str, int] | None:
     prompt, completion = usage.get("prompt_tokens"), usage.get("completion_tokens", 0)
     if not isinstance(prompt, int) or not isinstance(completion, int):
         return None
+    # A number of thousands of digits could not be written, True would be no JSON.
+    prompt, completion = (int(min(max(tokens, 0), MAX_TOKENS)) for tokens in (prompt, completion))
     return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
 

@@ -115,6 +115,16 @@ def test_calls_and_thoughts(item, expected):
 
 
 @pytest.mark.parametrize(
+    ("prompt", "completion", "written"),
+    [(5, 7, [5, 7, 12]), (True, False, [1, 0, 1]), (10**5000, -3, [2**53 - 1, 0, 2**53 - 1])],
+    ids=["numbers", "truths", "odd ones"],
+)
+def test_tokens_can_be_written(prompt, completion, written):
+    usage = providers.checked({"usage": {"prompt_tokens": prompt, "completion_tokens": completion}})["usage"]
+    assert str(list(usage.values())) == str(written)
+
+
+@pytest.mark.parametrize(
     "item",
     [
         {"reasoning": 5}, {"logprobs": 5}, {"tool_calls": []}, {"tool_calls": None}, {"tool_calls": {"index": 0}},
