@@ -128,7 +128,7 @@ def clock(now: float, dates: Iterable[tuple[str, float]]) -> Finding:
     for text, ours in dates:
         try:
             skews.append(parsedate_to_datetime(text).timestamp() - ours)
-        except ValueError:
+        except (ValueError, OverflowError):
             continue
     worst = max(skews, key=abs)
     if abs(worst) > SKEW_SECONDS:

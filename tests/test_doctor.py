@@ -147,6 +147,7 @@ NOW = 1_800_000_000.0  # of 2027
         (0.0, [], "error", "the year 1970"),
         (5e9, [], "error", "the year 2128"),
         (NOW, [(formatdate(NOW + 3, usegmt=True), NOW), ("", NOW), ("soon", NOW)], "ok", "2027"),
+        (NOW, [(f"Mon, {'9' * 30} Nov 2026 10:00:00 GMT", NOW)], "ok", "2027"),
         (NOW, [(formatdate(NOW - 100, usegmt=True), NOW), (formatdate(NOW, usegmt=True), NOW)], "warning", "-100 seco"),
         (NOW, [(formatdate(NOW + 4000, usegmt=True), NOW)], "warning", "+4000 seconds"),
     ],
