@@ -42,7 +42,7 @@ def python_entry(entry: str, folder: str, reserved: Collection[str]) -> Provider
         file = os.path.realpath(getattr(top, "__file__", None) or "")
         shadowed = file in map(os.path.realpath, reserved) and os.path.dirname(file) != os.path.realpath(folder)
         module = top if shadowed else importlib.import_module(name)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # the second: of a script that runs where it is imported
         if isinstance(error, ModuleNotFoundError) and error.name and (name + ".").startswith(error.name + "."):
             raise ValueError(f'there is no module "{error.name}"') from None
         raise ValueError(f'importing "{name}" failed: {type(error).__name__}: {error}') from error

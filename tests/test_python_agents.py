@@ -202,6 +202,7 @@ def test_a_bad_entry(entry, message):
         ("copepod_agent_a", "import no_such_thing", "there is no module"),
         ("copepod_agent_b", "def reply(:", "SyntaxError"),
         ("copepod_agent_c", "raise ValueError('at import')", "ValueError: at import"),
+        ("copepod_agent_d", "raise SystemExit('usage: d FILE')", "SystemExit: usage: d FILE"),
     ],
 )
 def test_an_entry_that_cannot_be_imported(tmp_path, name, text, message):
