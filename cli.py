@@ -144,7 +144,7 @@ def run(
     try:
         options = _parse(argv, version)
         status = commands[options.command](options)
-        sys.stdout.flush()
+        print(end="", flush=True)  # not of sys.stdout, which is None where it was closed
         return status
     except SystemExit as done:  # argparse has printed --help or --version
         return int(done.code or 0)
@@ -182,7 +182,7 @@ def say_ready(url: str, chat_completions: bool, mode: str, webchat: bool) -> Non
         print(f"curl -sS {url}/v1/chat/completions {auth}-H 'Content-Type: application/json' -d '{body}'")
     if webchat:
         print(f"chat in a browser at {url}/")
-    sys.stdout.flush()
+    print(end="", flush=True)
 
 
 def _note(doing: Mapping[str, Any]) -> str:
@@ -350,7 +350,7 @@ def print_findings(findings: Sequence[tuple[str, str, str, str]], as_json: bool)
 
 def choose(question: str, choices: Sequence[object]) -> int:
     """Asks on the terminal which one it shall be, the first where none is said; returns its index. UsageError."""
-    if not sys.stdin.isatty():
+    if sys.stdin is None or not sys.stdin.isatty():  # the first: it was closed
         raise UsageError("there is no terminal to ask on: type --yes to take the best that is found")
     print(question)
     for number, choice in enumerate(choices, 1):
@@ -506,7 +506,7 @@ def _at(value: Any, *keys: str) -> Any:
 
 
 def _stdin() -> str:
-    data = sys.stdin.buffer.read(MAX_STDIN_BYTES + 1)
+    data = sys.stdin.buffer.read(MAX_STDIN_BYTES + 1) if sys.stdin is not None else b""
     if len(data) > MAX_STDIN_BYTES:
         raise UsageError(f"the message on stdin is over {MAX_STDIN_BYTES} bytes: send less")
     return data.decode("utf-8", "replace").rstrip("\r\n")

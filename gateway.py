@@ -1063,6 +1063,7 @@ def _command_init(options: Namespace) -> int:
     path = reading.path(options.config or reading.find() or settings.HOME_FILE)
     if os.path.lexists(path):
         reading.problems.append(f"{path} is there, and left as it is: change it, or name another with --config")
+    reading.problems += starter.problems(os.environ)
     if reading.problems:
         raise ConfigError(reading.problems)
     offers = asyncio.run(_asking(partial(starter.offers, os.environ)))

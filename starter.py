@@ -58,6 +58,13 @@ class Offer(NamedTuple):
 ECHO = Offer("echo", "echo")
 
 
+def problems(environ: Mapping[str, str]) -> list[str]:
+    """What is wrong with the environment, each with what to do; values, which may hold a password, are not quoted."""
+    if re.fullmatch(BASE, environ.get("OPENAI_BASE_URL") or OPENAI):
+        return []
+    return ["OPENAI_BASE_URL: must be an address such as http://127.0.0.1:8000/v1: set it so, or unset it"]
+
+
 async def offers(environ: Mapping[str, str], request: Request) -> list[Offer]:
     """What this machine and the environment have to offer, the best first and echo last."""
     openai, anthropic = environ.get("OPENAI_API_KEY", ""), environ.get("ANTHROPIC_API_KEY", "")

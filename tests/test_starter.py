@@ -310,6 +310,42 @@ def test_without_a_terminal_it_asks_nobody(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("closed", "argv", "status", "said"),
+    [
+        ("stdin", ["init"], 2, "type --yes"),
+        ("stdin", ["agent", "--message", "-"], 2, "the message is empty"),
+        ("stdout", ["config", "check"], 0, ""),
+    ],
+)
+def test_what_a_program_may_have_closed(
+    closed: str,
+    argv: list[str],
+    status: int,
+    said: str,
+    bare: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Some schedulers start theirs so, and Python has None there."""
+    monkeypatch.setattr(sys, closed, None)
+    assert gateway.main(argv) == status
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("base", ["localhost:8000/v1", "http://user:hunter2@h/v1", "ftp://h", 'http://h/"'])
+def test_an_address_that_is_none_is_told(
+    base: str, bare: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not passed over, for another would be taken then."""
+    monkeypatch.setenv("OPENAI_BASE_URL", base)
+    assert gateway.main(["init", "--yes"]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("copepod: error: OPENAI_BASE_URL: must be an address such as http://")
+    assert base not in said
+    assert list(bare.iterdir()) == []
+
+
 @pytest.mark.parametrize(("typed", "status"), [(b"\n", 0), (b"0\nx\n99\n1\n", 0), (b"\x04", 2)])
 def test_on_a_terminal_it_asks(typed: bytes, status: int, tmp_path: Path) -> None:
     ours, its = pty.openpty()
