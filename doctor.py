@@ -42,7 +42,9 @@ def configuration(path: str | None, warnings: Iterable[str]) -> list[Finding]:
 
 def permissions(path: str, mode: int, secret: str) -> Finding:
     """Whether all users may write or read this file; `secret` is what it holds, "" for nothing of value."""
-    do = f"chmod 600 {path}"
+    import shlex
+
+    do = f"chmod 600 {shlex.quote(path)}"
     if mode & 0o002:
         return Finding("error", "file", f"every user may write {path}, and so choose what the gateway does", do)
     if mode & 0o004 and secret:

@@ -106,7 +106,7 @@ EXPOSED = (
     "x-request-id, x-copepod-session-key, x-copepod-agent-id, x-copepod-store, x-should-retry, retry-after",
 )
 
-ENDPOINTS = ("/v1/chat/completions", "/v1/models")
+ENDPOINTS = {"/v1/chat/completions": "chatCompletions", "/v1/models": "chatCompletions", "/metrics": "metrics"}
 GOING_DOWN = "The gateway is going down."
 REVOKED = "This token is no longer valid, or its rights have changed."
 
@@ -650,7 +650,7 @@ class Gateway:
         elif path == "*":
             x.send(204, b"", [("Allow", "GET, HEAD, POST, OPTIONS")])
         else:
-            off = ": set gateway.http.endpoints.chatCompletions.enabled to true" if path in ENDPOINTS else ""
+            off = f": set gateway.http.endpoints.{ENDPOINTS[path]}.enabled to true" if path in ENDPOINTS else ""
             raise APIError(404, f"There is nothing at {path[:200]}{off}.", type="not_found_error")
 
     def _check_sender(self, x: Exchange, request: http1.Request, house: House) -> bool:

@@ -44,14 +44,14 @@ def busy(number: int = errno.EADDRINUSE) -> OSError:
         (0o600, "gateway.auth.token", "ok", "is closed to other users"),
         (0o640, "gateway.auth.token", "ok", "is closed to other users"),  # a group is chosen
         (0o644, "", "ok", "holds no secret"),
-        (0o644, "gateway.auth.token", "warning", "every user may read /f, which holds gateway.auth.token"),
-        (0o602, "", "error", "every user may write /f"),
-        (0o666, "gateway.auth.token", "error", "every user may write /f"),
+        (0o644, "gateway.auth.token", "warning", "every user may read /a f, which holds gateway.auth.token"),
+        (0o602, "", "error", "every user may write /a f"),
+        (0o666, "gateway.auth.token", "error", "every user may write /a f"),
     ],
 )
 def test_permissions(mode: int, secret: str, level: str, said: str) -> None:
-    found = doctor.permissions("/f", mode, secret)
-    assert (found.level, found.do) == (level, "" if level == "ok" else "chmod 600 /f")
+    found = doctor.permissions("/a f", mode, secret)
+    assert (found.level, found.do) == (level, "" if level == "ok" else "chmod 600 '/a f'")
     assert said in found.said
 
 

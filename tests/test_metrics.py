@@ -313,7 +313,9 @@ def test_a_reload_keeps_the_counts_and_switches_them() -> None:
             assert found["copepod_runs_total", "main", "ok"] == found["copepod_runs_total", "late", "ok"] == 1
             hub.reload(config(**off))
             assert (hub.metrics, hub.runs.meter) == (None, None)
-            assert (await client.ask("GET", "/metrics")).status == 404
+            refused = await client.ask("GET", "/metrics")
+            assert refused.status == 404
+            assert "set gateway.http.endpoints.metrics.enabled to true" in refused.error["message"]
 
     run(main())
 
