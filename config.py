@@ -520,8 +520,8 @@ def misfits(agent: Agent, providers: dict[str, Provider]) -> list[str]:
     """Return what is wrong with an agent that no function answers for, [] for nothing."""
     deaf = " and ".join(sorted(_apis(agent.models, providers) & {"echo", "command"}))
     at = f'agents.list: "{agent.id}":'
-    tools = f"{at} clientTools is true, but its models of {deaf} know nothing of a client's tools"
-    images = f'{at} input has "image", but its models of {deaf} see none'
+    tools = f"{at} clientTools is true, but its models of {deaf} know nothing of a client's tools: leave it out"
+    images = f'{at} input has "image", but its models of {deaf} see none: leave it out'
     return [said for said, wrong in ((tools, agent.client_tools), (images, agent.images)) if deaf and wrong]
 
 

@@ -871,7 +871,7 @@ def test_images_for_who_sees_none() -> None:
     got = built(agents({"id": "a"}, input=["text", "image"], clientTools=True))
     tools, images = config.misfits(got.agents["a"], got.providers)
     assert "clientTools is true" in tools
-    assert images == 'agents.list: "a": input has "image", but its models of echo see none'
+    assert images == 'agents.list: "a": input has "image", but its models of echo see none: leave it out'
 
 
 @pytest.mark.parametrize("value", ["image", ["image"], [], ["text", "sound"], ["text", []], None])
