@@ -370,7 +370,7 @@ def say_next(path: str, what: object, flags: Sequence[str]) -> None:
     import shutil
 
     program = [sys.argv[0]]
-    if sys.argv[0].endswith(".py"):
+    if sys.argv[0].endswith((".py", ".pyz")):  # the second may not be executable, nor in a folder of the PATH
         program = [os.path.basename(sys.executable), sys.argv[0]]
     elif shutil.which(PROGRAM) == os.path.abspath(sys.argv[0]):
         program = [PROGRAM]

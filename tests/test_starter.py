@@ -263,7 +263,7 @@ def test_the_page_of_the_first_minutes(
     [
         ("{0}/bin/copepod", "copepod"),  # which the shell finds
         ("{0}/copepod", "{0}/copepod"),
-        ("{0}/copepod.pyz", "{0}/copepod.pyz"),
+        ("copepod.pyz", f"{Path(sys.executable).name} copepod.pyz"),
         ("gateway.py", f"{Path(sys.executable).name} gateway.py"),
     ],
 )
