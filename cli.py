@@ -358,7 +358,7 @@ def choose(question: str, choices: Sequence[object]) -> int:
     while True:
         try:
             said = input("number [1]: ").strip() or "1"
-        except EOFError:
+        except (EOFError, UnicodeDecodeError):
             raise UsageError("nothing was chosen, and nothing is written") from None
         if said.isdecimal() and 0 < int(said) <= len(choices):
             return int(said) - 1

@@ -346,12 +346,13 @@ def test_an_address_that_is_none_is_told(
     assert list(bare.iterdir()) == []
 
 
-@pytest.mark.parametrize(("typed", "status"), [(b"\n", 0), (b"0\nx\n99\n1\n", 0), (b"\x04", 2)])
+@pytest.mark.parametrize(("typed", "status"), [(b"\n", 0), (b"0\nx\n99\n1\n", 0), (b"\x04", 2), (b"\xe9\n", 2)])
 def test_on_a_terminal_it_asks(typed: bytes, status: int, tmp_path: Path) -> None:
     ours, its = pty.openpty()
     try:
         argv = [*PROGRAM, "init", "--config", "new.json5"]
         environ = {"HOME": str(tmp_path), "PATH": os.environ["PATH"]}  # no keys of the user's
+        environ["PYTHONIOENCODING"] = "utf-8:strict"  # as where a language is set
         os.write(ours, typed)
         done = subprocess.run(argv, stdin=its, capture_output=True, text=True, cwd=tmp_path, env=environ, timeout=BOUND)
     finally:
