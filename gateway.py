@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -119,17 +119,8 @@ class House:
 
     def __init__(self, config: Config, agents: Mapping[str, Callable[..., Any]], request: Any) -> None:
         self.config = config
-        limit = config.auth.rate_limit
-        self.gate = auth.Gate(
-            config.auth.mode,
-            config.auth.secret,
-            named=config.auth.tokens,
-            max_attempts=limit.max_attempts,
-            window_ms=limit.window_ms,
-            lockout_ms=limit.lockout_ms,
-            exempt_loopback=limit.exempt_loopback,
-            trusted=config.trusted_proxies,
-        )
+        mode, secret, limit, named = config.auth
+        self.gate = auth.Gate(mode, secret, named=named, trusted=config.trusted_proxies, **limit._asdict())
         self.directories = {  # by the name of the caller's token
             caller.name: chat.Directory(
                 *_agents_of(config, caller), config.brands, config.session_headers, config.session_from
@@ -156,11 +147,11 @@ class House:
     def _provider(self, name: str, request: Any) -> runs.Provider:
         provider = self.config.providers.get(name)
         if provider is None:
-            return _unconfigured(name)
+            return providers.missing(name)
         options = provider.options
         try:
             if provider.api == "python":
-                return python_agents.python_entry(options["entry"], options["folder"], _module_files())
+                return python_agents.python_entry(options["entry"], options["folder"])
         except ValueError as e:
             raise ConfigError([f"models.providers.{name}.entry: {e}"]) from e
         if provider.api == "command":
@@ -204,21 +195,6 @@ def _fitted(call: chat.ChatRequest, agent: configuration.Agent) -> chat.ChatRequ
 def _callable(bind: str) -> str:
     """Return the address at which this machine calls what listens on `bind`."""
     return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(bind, bind)  # noqa: S104
-
-
-def _unconfigured(name: str) -> runs.Provider:
-    async def provider(turn: dict[str, Any]) -> AsyncIterator[str | dict[str, Any]]:
-        raise runs.RunError("upstream", f"The model provider `{name}` is not configured (models.providers.{name}).")
-        yield ""  # makes this a generator
-
-    return provider
-
-
-def _module_files() -> list[str]:
-    folder = os.path.dirname(os.path.abspath(__file__))
-    if not os.path.isdir(folder):  # inside a zip
-        return []
-    return [os.path.join(folder, name) for name in os.listdir(folder) if name.endswith(".py")]
 
 
 class Desk:

@@ -66,6 +66,16 @@ def echo() -> Provider:
     return provider
 
 
+def missing(name: str) -> Provider:
+    """The provider in place of one that no configuration names: its turns fail, so that a fallback may take them."""
+
+    async def provider(turn: Turn) -> AsyncIterator[Item]:
+        raise ProviderError("upstream", f"The model provider `{name}` is not configured (models.providers.{name}).")
+        yield ""  # makes this a generator
+
+    return provider
+
+
 # What a provider gives
 
 

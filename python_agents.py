@@ -7,12 +7,13 @@ import logging
 import os
 import sys
 import threading
-from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Collection, Iterable
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import suppress
 from typing import Any
 
 THREADS = 256  # of one agent, those that a cancelled run left behind included: a thread cannot be ended
 AHEAD = 16  # items a thread may be ahead of their reader
+OURS = os.path.dirname(os.path.realpath(__file__))  # whose modules come first in a bare checkout
 
 log = logging.getLogger("copepod")
 
@@ -26,11 +27,8 @@ class AgentError(Exception):
     kind, taken, retry_after = "overloaded", False, None
 
 
-def python_entry(entry: str, folder: str, reserved: Collection[str]) -> Provider:
-    """The provider for `module:function`, looked for in `folder` first; ValueError says what is wrong with it.
-
-    `reserved`: the files of the gateway's own modules, which come first in a bare checkout.
-    """
+def python_entry(entry: str, folder: str) -> Provider:
+    """The provider for `module:function`, looked for in `folder` first; ValueError says what is wrong with it."""
     import importlib
 
     name, _, attribute = entry.partition(":")
@@ -39,8 +37,8 @@ def python_entry(entry: str, folder: str, reserved: Collection[str]) -> Provider
     sys.path.insert(0, folder)  # first for the import, then last, for what the agent itself imports later
     try:
         top = importlib.import_module(name.partition(".")[0])
-        file = os.path.realpath(getattr(top, "__file__", None) or "")
-        shadowed = file in map(os.path.realpath, reserved) and os.path.dirname(file) != os.path.realpath(folder)
+        file = getattr(top, "__file__", None)  # None: a package that is a folder alone
+        shadowed = file is not None and os.path.dirname(os.path.realpath(file)) == OURS != os.path.realpath(folder)
         module = top if shadowed else importlib.import_module(name)
     except (Exception, SystemExit) as error:  # the second: of a script that runs where it is imported
         if isinstance(error, ModuleNotFoundError) and error.name and (name + ".").startswith(error.name + "."):

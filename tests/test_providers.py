@@ -39,6 +39,11 @@ def run(provider, a_turn=None):
     return asyncio.run(asyncio.wait_for(take(provider, a_turn or turn()), 20))
 
 
+def test_one_that_is_not_configured_fails_and_says_where():
+    said = "The model provider `gone` is not configured (models.providers.gone)."
+    assert run(providers.missing("gone")) == [("upstream", said, False, None)]
+
+
 # The echo
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import pathlib
 import sys
 import threading
@@ -15,7 +16,7 @@ HERE = str(pathlib.Path(__file__).parent)
 
 
 def agent(name):
-    return python_agents.python_entry(f"agents_for_tests:{name}", HERE, ())
+    return python_agents.python_entry(f"agents_for_tests:{name}", HERE)
 
 
 @pytest.fixture
@@ -191,7 +192,7 @@ def test_a_thread_is_not_far_ahead_of_its_reader(agents):
 def test_a_bad_entry(entry, message):
     path = list(sys.path)
     with pytest.raises(ValueError) as caught:  # noqa: PT011
-        python_agents.python_entry(entry, HERE, ())
+        python_agents.python_entry(entry, HERE)
     assert str(caught.value) == message
     assert sys.path == path
 
@@ -208,7 +209,7 @@ def test_a_bad_entry(entry, message):
 def test_an_entry_that_cannot_be_imported(tmp_path, name, text, message):
     (tmp_path / f"{name}.py").write_text(text)
     with pytest.raises(ValueError) as caught:  # noqa: PT011
-        python_agents.python_entry(f"{name}:reply", str(tmp_path), ())
+        python_agents.python_entry(f"{name}:reply", str(tmp_path))
     if name == "copepod_agent_a":
         assert str(caught.value) == 'importing "copepod_agent_a" failed: ' \
             "ModuleNotFoundError: No module named 'no_such_thing'"
@@ -216,15 +217,15 @@ def test_an_entry_that_cannot_be_imported(tmp_path, name, text, message):
         assert message in str(caught.value)
 
 
-def test_an_entry_in_a_package_and_one_that_is_shadowed(tmp_path, agents):
+def test_an_entry_in_a_package_and_one_that_is_shadowed(tmp_path, agents, monkeypatch):
     package = tmp_path / "copepod_package"
     package.mkdir()
     (package / "agents.py").write_text("def reply(message): return 'packed ' + message")
-    ours = [agents.__file__, "/no/such/auth.py"]
-    provider = python_agents.python_entry("copepod_package.agents:reply", str(tmp_path), ours)
+    monkeypatch.setattr(python_agents, "OURS", os.path.dirname(os.path.realpath(agents.__file__)))
+    provider = python_agents.python_entry("copepod_package.agents:reply", str(tmp_path))
     assert run(provider) == ["packed hello"]
     (tmp_path / "agents_for_tests.py").write_text("def words(message): return 'mine'")
     for entry in ("agents_for_tests:words", "agents_for_tests.inner:words"):
         with pytest.raises(ValueError, match='"agents_for_tests" is shadowed by a module of the gateway'):
-            python_agents.python_entry(entry, str(tmp_path), ours)
-    assert python_agents.python_entry("agents_for_tests:words", HERE, ours)
+            python_agents.python_entry(entry, str(tmp_path))
+    assert python_agents.python_entry("agents_for_tests:words", HERE)
