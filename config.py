@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
 
 STATE_DIR = "~/.copepod"
@@ -316,6 +316,14 @@ class Config(NamedTuple):
 
     def __repr__(self) -> str:
         return f"Config({self.path!r})"
+
+    def within(self, ids: Collection[str] | None) -> Config:
+        """Return what those see of it who may use these agents alone, the first their default if need be; None: all."""
+        if ids is None:
+            return self
+        agents = {name: agent for name, agent in self.agents.items() if name in ids}
+        default = self.default_agent if self.default_agent in agents else next(iter(agents), "")
+        return self._replace(agents=agents, default_agent=default, providers={})
 
 
 # Where the fields stand in the file that stand there as they are.

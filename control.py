@@ -115,13 +115,11 @@ if TYPE_CHECKING:
         @property
         def version(self) -> str: ...
         @property
-        def mode(self) -> str: ...  # of auth
-        @property
-        def default_agent(self) -> str: ...
-        @property
-        def agents(self) -> Mapping[str, str]: ...  # their names ("" where none) by id
+        def config(self) -> Any: ...  # the Config as it is now: `auth.mode`, `agents` by id, `default_agent`
         @property
         def uptime_ms(self) -> int: ...
+        @property
+        def store(self) -> Any: ...  # its `find(session_id)` returns a session's agent and key, or None
         @property
         def reports(self) -> Mapping[str, Callable[..., Awaitable[Any]]]: ...
 
@@ -143,7 +141,6 @@ if TYPE_CHECKING:
         ) -> Any: ...  # `asked`: by which method, and from which address
         def stop(self, run: Any, reason: str) -> bool: ...  # False: it has ended, or is being stored
         def active(self) -> Collection[Run]: ...
-        async def find(self, session_id: str) -> tuple[str, str] | None: ...  # a stored session's agent and key
 
     class Events(Protocol):
         """Who hears what happens."""
@@ -407,10 +404,10 @@ class Control:
             raise Refusal("NOT_PAIRED", "device identity required")
         if verdict.expired:
             raise Refusal(INVALID, f"unauthorized: the token has expired, at {verdict.expired}")
-        raise Refusal(INVALID, f"unauthorized: gateway {self._hub.mode} mismatch")
+        raise Refusal(INVALID, f"unauthorized: gateway {self._hub.config.auth.mode} mismatch")
 
     def _hello(self, client: Client, health: Dict) -> Dict:
-        default = client.hub.default_agent
+        default = client.hub.config.default_agent
         methods = [name for name, (scope, _) in self._methods.items() if not client.owner or client.may(scope, name)]
         return {
             "type": "hello-ok",
@@ -482,7 +479,7 @@ class Control:
     def _session(self, hub: Hub, method: str, key: str, agent: str = "") -> tuple[str, str]:
         """Return the agent and the session that a key means; `main` is the default agent's main one. Refusal."""
         if key == "main":
-            key = f"agent:{agent or hub.default_agent}:main"
+            key = f"agent:{agent or hub.config.default_agent}:main"
         whose, bare = hub.bare(key)  # to a friend, `main` and no agent at all may mean another one than to operators
         parts = bare.split(":", 2)
         if len(parts) == 3 and parts[0] == "agent":
@@ -491,15 +488,15 @@ class Control:
                 message = f'invalid {method} params: agent "{agent}" does not match session key agent "{named}"'
                 raise Refusal(INVALID, message)
             agent = named
-        return agent or whose.default_agent, key
+        return agent or whose.config.default_agent, key
 
     def _known(self, hub: Hub, method: str, agent: str) -> str:
         wanted = agent.strip().lower()
-        if wanted in hub.agents:
+        if wanted in hub.config.agents:
             return wanted
         if wanted == "main":  # the family's clients all send it
-            return hub.default_agent
-        there = ", ".join(hub.agents)
+            return str(hub.config.default_agent)
+        there = ", ".join(hub.config.agents)
         raise Refusal(INVALID, f'invalid {method} params: unknown agent id "{agent[:100]}"; the agents are {there}')
 
     # Runs
@@ -511,16 +508,16 @@ class Control:
         agent = self._known(hub, "agent", params["agentId"]) if "agentId" in params else ""
         key = params.get("sessionKey", "")
         if not key and "sessionId" in params:
-            found = await hub.find(params["sessionId"])
+            found = await hub.store.find(params["sessionId"])
             if client.revoked:  # meanwhile
                 raise Refusal(INVALID, REVOKED)
             if found is not None and agent in ("", found[0]):
                 agent, key = self._known(hub, "agent", found[0]), found[1]
             else:
-                key = f"agent:{agent or hub.default_agent}:session:{params['sessionId']}"
+                key = f"agent:{agent or hub.config.default_agent}:session:{params['sessionId']}"
         elif not key:
             to = f"direct:{params['to']}" if "to" in params else "main"
-            key = f"agent:{agent or hub.default_agent}:{to}"
+            key = f"agent:{agent or hub.config.default_agent}:{to}"
         place = self._session(hub, "agent", key, agent)
         system, timeout = params.get("extraSystemPrompt", ""), params.get("timeout", 0)
         job, _ = self._job(client, "agent", params, place, system, timeout)
@@ -620,8 +617,8 @@ class Control:
         agent = self._known(hub, "agent.identity.get", params["agentId"]) if "agentId" in params else ""
         if "sessionKey" in params:
             agent, _ = self._session(hub, "agent.identity.get", params["sessionKey"], agent)
-        agent = agent or hub.default_agent
-        return {"agentId": agent, "name": hub.agents[agent] or agent}
+        agent = agent or hub.config.default_agent
+        return {"agentId": agent, "name": hub.config.agents[agent].name}
 
     async def _system_presence(self, client: Client, id: str, params: Dict) -> Answer:
         return self._present(client.owner)

@@ -121,12 +121,11 @@ class House:
         self.config = config
         mode, secret, limit, named = config.auth
         self.gate = auth.Gate(mode, secret, named=named, trusted=config.trusted_proxies, **limit._asdict())
-        self.directories = {  # by the name of the caller's token
-            caller.name: chat.Directory(
-                *_agents_of(config, caller), config.brands, config.session_headers, config.session_from
-            )
-            for caller in (auth.ANYONE, *config.auth.tokens)
-        }
+        self.directories: dict[str, chat.Directory] = {}  # by the name of the caller's token
+        for caller in (auth.ANYONE, *named):
+            own = config.within(caller.agents)
+            found = (own.agents, own.default_agent, own.brands, own.session_headers, own.session_from)
+            self.directories[caller.name] = chat.Directory(*found)
         made: dict[str, runs.Provider] = {}
         self.providers: dict[str, list[tuple[str, str, runs.Provider]]] = {}
         for agent in config.agents.values():
@@ -161,14 +160,6 @@ class House:
         if provider.api == "anthropic-messages":
             return model_server.provider(options, request, anthropic_messages)
         return providers.echo()
-
-
-def _agents_of(config: Config, caller: auth.Caller) -> tuple[dict[str, configuration.Agent], str]:
-    """Return the agents that a caller may use, in their order, and which of them is its default one."""
-    if caller.agents is None:
-        return config.agents, config.default_agent
-    own = {name: agent for name, agent in config.agents.items() if name in caller.agents}
-    return own, config.default_agent if config.default_agent in own else next(iter(own), "")
 
 
 def _overloaded(message: str) -> APIError:
@@ -210,39 +201,16 @@ class Desk:
         self.store: Any = gateway.store
         if self._owner:
             self.store = sessions.Shelf(gateway.store, runs.namespace(self._owner), caller.agents)
-        self.reports = reports.Reports(self).methods
+        self.reports, self.functions = reports.Reports(self).methods, gateway._agents.keys()
         self.store_name = os.path.basename(gateway.house.config.store)
 
     @property
-    def _config(self) -> Config:
-        return self._gateway.house.config
-
-    @property
-    def mode(self) -> str:
-        return self._config.auth.mode
-
-    @property
-    def default_agent(self) -> str:
-        return _agents_of(self._config, self._caller)[1]
-
-    @property
-    def agents(self) -> dict[str, str]:
-        agents = _agents_of(self._config, self._caller)[0].values()
-        return {agent.id: agent.name if agent.name != agent.id else "" for agent in agents}
+    def config(self) -> Config:
+        return self._gateway.house.config.within(self._caller.agents)
 
     @property
     def uptime_ms(self) -> int:
         return int((now() - self._gateway.begun) * 1000)
-
-    @property
-    def models(self) -> list[dict[str, Any]]:
-        agents = _agents_of(self._config, self._caller)[0].values()
-        models = {model: model for agent in agents for model in agent.models}
-        for name, provider in self._config.providers.items() if self._caller.agents is None else ():
-            listed = provider.options.get("models") or ()
-            models |= {f"{name}/{model['id']}": model.get("name") or model["id"] for model in listed if "id" in model}
-        parts = ((model.partition("/"), name) for model, name in models.items())
-        return [{"id": rest or first, "name": name, "provider": first} for (first, _, rest), name in parts]
 
     def admit(self, given: Mapping[str, str], client: str, fields: Mapping[str, str]) -> auth.Verdict:
         gate = self._gateway.house.gate
@@ -262,7 +230,7 @@ class Desk:
         parts = key.split(":", 2)
         if self._owner or len(parts) < 3 or parts[0] != "token":
             return self, key
-        named = (caller for caller in self._config.auth.tokens if caller.name == parts[1])
+        named = (caller for caller in self.config.auth.tokens if caller.name == parts[1])
         return self.of(next(named, self._caller)), parts[2]
 
     def parse(self, message: str | bytes) -> dict[str, Any]:
@@ -300,34 +268,24 @@ class Desk:
     def active(self) -> list[runs.Run]:
         return [run for run in self._gateway.runs.active if self._owner in ("", run.owner)]
 
-    async def find(self, session_id: str) -> tuple[str, str] | None:
-        found: tuple[str, str] | None = await self.store.find(session_id)
-        return found
-
     def troubles(self) -> list[str]:
         draining = ["the gateway is going down"] if self._gateway.draining else []
         return draining + (["a session could not be stored"] if self._gateway.runs.store_error else [])
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        return () if self._owner else self._config.warnings
+        return () if self._owner else self.config.warnings
 
     @property
     def refusals(self) -> dict[str, int]:
         return {} if self._owner else self._gateway.refusals
 
-    @property
-    def models_of(self) -> dict[str, tuple[str, ...]]:
-        agents = _agents_of(self._config, self._caller)[0].values()
-        return {agent.id: () if agent.id in self._gateway._agents else agent.models for agent in agents}
-
     async def probe(self) -> dict[str, dict[str, Any]]:
         found = {} if self._owner else await self._gateway.house.probe()
         return {name: finding._asdict() for name, finding in found.items()}
 
-    def config(self) -> dict[str, Any]:
-        masked: dict[str, Any] = settings.mask(self._config.tree)
-        return masked
+    def masked(self) -> Any:
+        return settings.mask(self.config.tree)
 
 
 class Gateway:

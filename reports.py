@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Awaitable, Callable, Collection, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 MAX_HISTORY = 1024 * 1024  # bytes of messages in one answer, below what a client may leave unread
@@ -32,6 +32,24 @@ if TYPE_CHECKING:
         agent_id: str
         placed: bool
 
+    class Agent(Protocol):
+        """An agent of the configuration."""
+
+        @property
+        def name(self) -> str: ...  # its id where it has none
+        @property
+        def models(self) -> Sequence[str]: ...  # "provider/model", the primary first
+
+    class Config(Protocol):
+        """The configuration, of it what the one who asks may see."""
+
+        @property
+        def default_agent(self) -> str: ...
+        @property
+        def agents(self) -> Mapping[str, Agent]: ...  # by id
+        @property
+        def providers(self) -> Mapping[str, Any]: ...  # by name; the `models` of their options are listed
+
     class Store(Protocol):
         """The transcripts."""
 
@@ -49,18 +67,16 @@ if TYPE_CHECKING:
         async def patch(self, agent: str, key: str, fields: Dict) -> Dict: ...
 
     class Hub(Protocol):
-        """What the gateway gives, of what the one who asks may see: its configuration as it is now."""
+        """What the gateway gives, of what the one who asks may see."""
 
         @property
         def version(self) -> str: ...
         @property
-        def default_agent(self) -> str: ...
+        def config(self) -> Config: ...  # as it is now
         @property
-        def agents(self) -> Mapping[str, str]: ...  # their names ("" where none) by id
+        def functions(self) -> Collection[str]: ...  # agents that ask no model
         @property
         def uptime_ms(self) -> int: ...
-        @property
-        def models(self) -> list[Dict]: ...  # id, name, provider
         @property
         def store(self) -> Store: ...
         @property
@@ -69,14 +85,12 @@ if TYPE_CHECKING:
         def active(self) -> Collection[Run]: ...
         def key(self, run: Any) -> str: ...  # of its session
         @property
-        def models_of(self) -> Mapping[str, Collection[str]]: ...  # by agent, the primary first; none of a function's
-        @property
         def refusals(self) -> Mapping[str, int]: ...  # how many of which kind
         @property
         def warnings(self) -> Collection[str]: ...  # of the configuration
         async def probe(self) -> Dict: ...  # by provider: ok, what, missing
         def troubles(self) -> list[str]: ...  # what keeps the gateway from being well
-        def config(self) -> Dict: ...  # in effect, secrets redacted
+        def masked(self) -> Dict: ...  # the configuration in effect, secrets redacted
 
 
 def shown(messages: list[Dict]) -> list[Dict]:
@@ -90,6 +104,21 @@ def shown(messages: list[Dict]) -> list[Dict]:
             break
         kept.append(entry)
     return kept[::-1]
+
+
+def models(config: Config) -> Dicts:
+    """Return what there is to choose from: `id`, `name` and `provider` of each model, those that agents use first."""
+    names = {model: model for agent in config.agents.values() for model in agent.models}
+    for provider, each in config.providers.items():
+        listed = each.options.get("models") or ()
+        names |= {f"{provider}/{model['id']}": model.get("name") or model["id"] for model in listed if "id" in model}
+    parts = ((model.partition("/"), name) for model, name in names.items())
+    return [{"id": rest or first, "name": name, "provider": first} for (first, _, rest), name in parts]
+
+
+def _named(agents: Mapping[str, Agent]) -> dict[str, Dict]:
+    """Return by its id what is told of each agent's name: nothing where it has none of its own."""
+    return {id_: {"name": agent.name} if agent.name != id_ else {} for id_, agent in agents.items()}
 
 
 def _now_ms() -> int:
@@ -120,17 +149,17 @@ class Reports:
         }
 
     async def _health(self, params: Dict) -> Dict:
-        begun, hub = time.monotonic(), self._hub
-        default, names, troubles = hub.default_agent, hub.agents, hub.troubles()
+        begun, hub, config = time.monotonic(), self._hub, self._hub.config
+        default, troubles = config.default_agent, hub.troubles()
         counts, agents = dict[str, int](), []
         try:
             counts = await hub.store.counts()
-            recents = {agent: await self._recent([agent]) for agent in names}
+            recents = {agent: await self._recent([agent]) for agent in config.agents}
         except Exception:
             log.exception("the sessions cannot be read")
             troubles, recents = [*troubles, "the sessions cannot be read"], {}
-        for agent, name in names.items():
-            entry = {"agentId": agent, **({"name": name} if name else {}), "isDefault": agent == default}
+        for agent, name in _named(config.agents).items():
+            entry = {"agentId": agent, **name, "isDefault": agent == default}
             recent = recents.get(agent, [])
             short = [{key: session[key] for key in ("key", "updatedAt", "age")} for session in recent]
             sessions = {"path": hub.store_name, "count": counts.get(agent, 0), "recent": short}
@@ -150,11 +179,12 @@ class Reports:
         }
 
     async def _status(self, params: Dict) -> Dict:
-        hub = self._hub
+        hub, config = self._hub, self._hub.config
         found = {"providers": await hub.probe()} if params.get("probe") is True else {}
-        counts, active, default = await hub.store.counts(), hub.active(), hub.default_agent
-        models = hub.models_of.items()
-        heartbeats = [{"agentId": agent, **NO_HEARTBEAT} for agent in hub.agents]
+        counts, active, default = await hub.store.counts(), hub.active(), config.default_agent
+        asked = {id_: () if id_ in hub.functions else agent.models for id_, agent in config.agents.items()}
+        agents = [{"agentId": id_, "isDefault": id_ == default, "models": list(each)} for id_, each in asked.items()]
+        heartbeats = [{"agentId": agent, **NO_HEARTBEAT} for agent in asked]
         return {
             "version": hub.version,
             "uptimeMs": hub.uptime_ms,
@@ -162,7 +192,7 @@ class Reports:
                 "active": sum(run.placed for run in active),
                 "queued": sum(not run.placed for run in active),
             },
-            "agents": [{"agentId": id_, "isDefault": id_ == default, "models": list(each)} for id_, each in models],
+            "agents": agents,
             **found,
             "refusals": dict(hub.refusals),
             "warnings": list(hub.warnings),
@@ -174,7 +204,7 @@ class Reports:
                 "count": sum(counts.values()),
                 "defaults": self._defaults(),
                 "recent": await self._recent(None),
-                "byAgent": [{"agentId": agent, "count": counts.get(agent, 0)} for agent in hub.agents],
+                "byAgent": [{"agentId": agent, "count": counts.get(agent, 0)} for agent in asked],
             },
         }
 
@@ -186,18 +216,19 @@ class Reports:
         ]
 
     def _defaults(self) -> Dict:
-        first = next(iter(self._hub.models), {})
+        first = next(iter(models(self._hub.config)), {})
         return {"modelProvider": first.get("provider"), "model": first.get("id"), "contextTokens": None}
 
     async def _agents(self, params: Dict) -> Dict:
-        agents = [{"id": agent, **({"name": name} if name else {})} for agent, name in self._hub.agents.items()]
-        return {"defaultId": self._hub.default_agent, "mainKey": "main", "scope": "per-sender", "agents": agents}
+        config = self._hub.config
+        agents = [{"id": agent, **name} for agent, name in _named(config.agents).items()]
+        return {"defaultId": config.default_agent, "mainKey": "main", "scope": "per-sender", "agents": agents}
 
     async def _models(self, params: Dict) -> Dict:
-        return {"models": self._hub.models}
+        return {"models": models(self._hub.config)}
 
     async def _sessions(self, params: Dict) -> Dict:
-        agents = [params["agentId"]] if "agentId" in params else list(self._hub.agents)
+        agents = [params["agentId"]] if "agentId" in params else list(self._hub.config.agents)
         named = [name for name in ("label", "spawnedBy") if name in params]
         search, now = params.get("search", "").lower(), _now_ms()
 
@@ -258,7 +289,7 @@ class Reports:
     async def _config(self, params: Dict) -> Dict:
         from hashlib import sha256  # here: it brings OpenSSL with it
 
-        config = self._hub.config()
+        config = self._hub.masked()
         issues: Dict = {"issues": [], "warnings": [], "legacyIssues": []}
         number = sha256(encode(config).encode()).hexdigest()
         return {"exists": True, "valid": True, "config": config, "hash": number, **issues}

@@ -970,6 +970,17 @@ def test_what_is_shown_has_no_secret_and_loads_again() -> None:
     assert again.default_agent == "b"
 
 
+@pytest.mark.parametrize(
+    ("ids", "agents", "default"),
+    [(None, ["a", "b", "c"], "b"), ({"c", "b"}, ["b", "c"], "b"), ({"c", "a"}, ["a", "c"], "a"), (set(), [], "")],
+)
+def test_within(ids: set[str] | None, agents: list[str], default: str) -> None:
+    whole = built({"agents": {"list": [{"id": "a"}, {"id": "b", "default": True}, {"id": "c"}]}})
+    got = whole.within(ids)
+    assert (list(got.agents), got.default_agent, got.auth) == (agents, default, whole.auth)
+    assert got.providers == (whole.providers if ids is None else {})
+
+
 def test_what_is_shown_is_what_holds(tmp_path: Path) -> None:
     assert shown(built({}))["gateway"]["auth"]["mode"] == "none"
     assert built(shown(built({}))) == built({})
