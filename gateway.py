@@ -183,11 +183,6 @@ def _fitted(call: chat.ChatRequest, agent: configuration.Agent) -> chat.ChatRequ
     return call._replace(messages=messages, message=message)
 
 
-def _callable(bind: str) -> str:
-    """Return the address at which this machine calls what listens on `bind`."""
-    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(bind, bind)  # noqa: S104
-
-
 class Desk:
     """What the gateway protocol's side sees of the gateway: its configuration as it is now, and its runs.
 
@@ -331,9 +326,7 @@ class Gateway:
     def url(self) -> str:
         """The address to call, without a path."""
         config = self.house.config
-        host = _callable(config.bind)
-        host = f"[{host}]" if ":" in host else host
-        return f"{'https' if config.tls else 'http'}://{host}:{self.port}"
+        return remote.local(config.bind, self.port, config.tls is not None).url
 
     async def __aenter__(self) -> Gateway:
         await self.start()
@@ -909,39 +902,28 @@ async def _run_here(config: Config, options: Namespace) -> int:
 
 async def _run_there(config: Config, options: Namespace) -> int:
     """Run one turn in the running gateway and print its words as they come."""
-    given = {
-        "message": options.message,
-        "agentId": options.agent,
-        "sessionKey": options.session_key,
-        "sessionId": options.session_id,
-        "timeout": options.timeout,
-    }
+    turn = remote.turn(options.message, options.agent, options.session_key, options.session_id, options.timeout)
     with cli.Answer(options.json) as answer:
         async with _remote(config, options) as there:
-            return answer.end(await there.run({k: v for k, v in given.items() if v is not None}, answer.take))
+            return answer.end(await there.run(turn, answer.take))
 
 
 def _remote(config: Config, options: Namespace) -> remote.Remote:
     """Return what calls the gateway of --url, else that of the configuration."""
-    address = own = remote.Address(_callable(config.bind), config.port, "/", config.tls is not None)
-    files = config.tls
-    if options.url is not None:
-        try:
-            address, files = remote.parse_url(options.url), None
-        except ValueError:
-            raise cli.UsageError(f"--url {options.url}: must be an address such as ws://127.0.0.1:18789") from None
-    elif not config.port:
-        raise cli.UsageError("gateway.port is 0, so where it listens is not known: give --url")
-    names = {"token": options.token, "password": options.token} if options.token else {}
-    if not names and config.auth.secret and address[:2] == own[:2]:  # never to a stranger
-        names = {config.auth.mode: config.auth.secret}
+    own = remote.local(config.bind, config.port, config.tls is not None)
+    secrets = {config.auth.mode: config.auth.secret} if config.auth.secret else {}
+    try:
+        address, secrets = remote.chosen(own, secrets, options.url, options.token)
+    except ValueError as e:
+        raise cli.UsageError(str(e)) from None
+    trusted = config.tls[0] if config.tls and options.url is None else None
 
     async def open_(heard: Callable[[], None]) -> rfc6455.WebSocket:
-        context = tls.client_context(files and files[0]) if address.tls else None
+        context = tls.client_context(trusted) if address.tls else None
         where, limit = address[:3], remote.MAX_MESSAGE
         return await rfc6455.connect(*where, tls=context, max_message=limit, on_activity=heard)
 
-    return remote.Remote(address, open_, rfc6455.HandshakeError, VERSION, names)
+    return remote.Remote(address, open_, rfc6455.HandshakeError, VERSION, secrets)
 
 
 async def _ask(options: Namespace, method: str, params: Mapping[str, Any]) -> tuple[str, dict[str, Any], Any]:

@@ -19,7 +19,7 @@ SCHEMES = {"ws": 80, "http": 80, "wss": 443, "https": 443}
 
 
 class Address(NamedTuple):
-    """Where a gateway listens; as text without the target."""
+    """Where a gateway listens; as text, and as `url`, without the target."""
 
     host: str
     port: int
@@ -27,8 +27,15 @@ class Address(NamedTuple):
     tls: bool
 
     def __str__(self) -> str:
+        return self._said("ws")
+
+    @property
+    def url(self) -> str:
+        return self._said("http")
+
+    def _said(self, scheme: str) -> str:
         host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"{'wss' if self.tls else 'ws'}://{host}:{self.port}"
+        return f"{scheme}{'s' if self.tls else ''}://{host}:{self.port}"
 
 
 class RemoteError(Exception):
@@ -61,6 +68,37 @@ def parse_url(url: str) -> Address:
     port = SCHEMES[parts.scheme] if parts.port is None else parts.port
     target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
     return Address(parts.hostname, port, target, parts.scheme in ("wss", "https"))
+
+
+def local(bind: str, port: int, tls: bool) -> Address:
+    """Return where this machine calls what listens on `bind`."""
+    return Address({"0.0.0.0": "127.0.0.1", "::": "::1"}.get(bind, bind), port, "/", tls)  # noqa: S104
+
+
+def chosen(own: Address, secrets: dict[str, str], url: str | None, token: str | None) -> tuple[Address, dict[str, str]]:
+    """Return the gateway to call, of `url` or our `own`, and with what: the `token`, else `secrets`, if it is ours.
+
+    ValueError: what is wrong with the command line.
+    """
+    address = own
+    if url is not None:
+        try:
+            address = parse_url(url)
+        except ValueError:
+            raise ValueError(f"--url {url}: must be an address such as ws://127.0.0.1:18789") from None
+    elif not own.port:
+        raise ValueError("gateway.port is 0, so where it listens is not known: give --url")
+    if token:
+        return address, {"token": token, "password": token}
+    return address, secrets if address[:2] == own[:2] else {}  # ours never to a stranger
+
+
+def turn(
+    message: str, agent: str | None, session_key: str | None, session_id: str | None, timeout: float | None
+) -> dict[str, Any]:
+    """Return what `Remote.run` takes: the parameters of `agent`, without what is not given."""
+    given = {"agentId": agent, "sessionKey": session_key, "sessionId": session_id, "timeout": timeout}
+    return {"message": message, **{name: value for name, value in given.items() if value is not None}}
 
 
 def _at(value: Any, *keys: str) -> Any:

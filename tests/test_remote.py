@@ -12,7 +12,6 @@ import socket
 import ssl
 import subprocess
 import sys
-from argparse import Namespace
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -173,6 +172,30 @@ def error_of(script: Script, use: Callable[[Remote], Awaitable[Any]] | None = No
 def test_where_an_address_leads(url: str, expected: tuple[Any, ...], said: str) -> None:
     assert remote.parse_url(url) == expected
     assert str(remote.parse_url(url)) == said
+    assert remote.parse_url(url).url == said.replace("ws", "http", 1)
+
+
+@pytest.mark.parametrize(
+    ("bind", "tls", "said"),
+    [
+        ("127.0.0.1", False, "http://127.0.0.1:5"), ("0.0.0.0", True, "https://127.0.0.1:5"),  # noqa: S104
+        ("::", False, "http://[::1]:5"), ("192.168.1.2", False, "http://192.168.1.2:5"),
+    ],
+)  # fmt: skip
+def test_where_this_machine_calls(bind: str, tls: bool, said: str) -> None:
+    assert remote.local(bind, 5, tls).url == said
+
+
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        (("hi", None, None, None, None), {"message": "hi"}),
+        (("hi", "a", "k", None, 2.5), {"message": "hi", "agentId": "a", "sessionKey": "k", "timeout": 2.5}),
+        (("hi", None, None, "s", None), {"message": "hi", "sessionId": "s"}),
+    ],
+)
+def test_a_turn_says_what_is_given(args: tuple[Any, ...], expected: dict[str, Any]) -> None:
+    assert remote.turn(*args) == expected
 
 
 @pytest.mark.parametrize(
@@ -848,5 +871,7 @@ def test_over_tls(tmp_path: Path) -> None:
 def test_the_configured_secret_is_for_the_configured_gateway(
     url: str | None, token: str | None, sent: dict[str, str]
 ) -> None:
-    config = gateway.load_config(None, {"COPEPOD_GATEWAY_TOKEN": "sesame"}, [("gateway.port", "18789")])
-    assert gateway._remote(config, Namespace(url=url, token=token))._auth == sent
+    own = remote.local("127.0.0.1", 18789, False)
+    address, secrets = remote.chosen(own, {"token": "sesame"}, url, token)
+    assert secrets == sent
+    assert address == (own if url is None else remote.parse_url(url))
