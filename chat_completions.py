@@ -129,7 +129,7 @@ def as_uuid(text: str) -> str:
     return f"{text[:8]}-{text[8:12]}-4{text[13:16]}-8{text[17:20]}-{text[20:]}"
 
 
-def run_error(kind: str, message: str, retry_after: int | None, taken: bool) -> APIError:
+def run_error(kind: str, message: str, retry_after: int | None = None, taken: bool = False) -> APIError:
     """Return the answer to a run that failed. A turn that may have acted must not be repeated by an SDK."""
     status, type_, code = ERRORS[kind]
     fields: list[tuple[str, str]] = []

@@ -37,6 +37,16 @@ def room_for(wanted: int) -> int:
     return wanted if soft == resource.RLIM_INFINITY else max(1, min(wanted, (soft - 64) // 2))
 
 
+def fast_loop() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    """Return what makes uvloop's loop, where it is installed (copepod[fast]), else None: asyncio's own will do."""
+    try:
+        import uvloop
+    except ImportError:
+        return None
+    factory: Callable[[], asyncio.AbstractEventLoop] = uvloop.new_event_loop
+    return factory
+
+
 class Connection(asyncio.StreamReaderProtocol):
     """A StreamReader and a transport, without a task while idle: the first byte of a request starts `serve`.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import logging
 import os
 import signal
@@ -53,7 +52,7 @@ if TYPE_CHECKING or not __package__:  # a checkout: the files lie beside this on
     import webchat
     from chat_completions import APIError
     from config import Config, ConfigError
-    from connection import FOREVER, Connection, now, raise_file_limit, room_for
+    from connection import FOREVER, Connection, fast_loop, now, raise_file_limit, room_for
     from exchange import Exchange, Stream
     from http1 import HTTPError
 else:  # installed or vendored: they are modules of this package
@@ -91,7 +90,7 @@ else:  # installed or vendored: they are modules of this package
     from . import config as configuration
     from .chat_completions import APIError
     from .config import Config, ConfigError
-    from .connection import FOREVER, Connection, now, raise_file_limit, room_for
+    from .connection import FOREVER, Connection, fast_loop, now, raise_file_limit, room_for
     from .exchange import Exchange, Stream
     from .http1 import HTTPError
 
@@ -160,10 +159,6 @@ class House:
         if provider.api == "anthropic-messages":
             return model_server.provider(options, request, anthropic_messages)
         return providers.echo()
-
-
-def _overloaded(message: str) -> APIError:
-    return APIError(503, message, type="overloaded_error", fields=[("Retry-After", "1")])
 
 
 def _fitted(call: chat.ChatRequest, agent: configuration.Agent) -> chat.ChatRequest:
@@ -240,9 +235,8 @@ class Desk:
         gateway, target = self._gateway, chat.Target(agent, key, True)
         messages = [{"role": "user", "content": message}]
         try:
-            ids = (run_id, "")
-            caller = self._caller
-            run = gateway.accept(gateway.house, target, message, messages, system, None, ids, timeout or None, caller)
+            ids, house = (run_id, ""), gateway.house
+            run = gateway.accept(house, target, message, messages, system, None, ids, timeout or None, self._caller)
         except runs.RunError as e:
             gateway.count_refusal(chat.run_error(e.kind, str(e), e.retry_after, e.taken))
             raise control.Refusal(**jobs.told(e.kind, str(e), e.retry_after)) from None
@@ -339,16 +333,9 @@ class Gateway:
         """Open the store and listen. OSError, sessions.StoreError, ConfigError: what is in the way."""
         config = self.house.config
         self._max_connections = room_for(config.max_connections)
-        context = tls.server_context(*config.tls) if config.tls else None
+        options = tls.listening(*config.tls, HEAD_SECONDS) if config.tls else {}
         listening = asyncio.get_running_loop().create_server(
-            self._connection,
-            config.bind,
-            config.port,
-            ssl=context,
-            ssl_handshake_timeout=HEAD_SECONDS if context else None,
-            ssl_shutdown_timeout=2.0 if context else None,  # asyncio would wait 30 s for a peer that says nothing
-            backlog=1024,
-            start_serving=False,
+            self._connection, config.bind, config.port, backlog=1024, start_serving=False, **options
         )
         opening = self.store.open()  # in its thread, while the socket is made in this one
         server, opened = await asyncio.gather(listening, opening, return_exceptions=True)
@@ -502,7 +489,7 @@ class Gateway:
                 if not c.expired or (task is not None and task.uncancel() > 0):
                     if self.draining and x.request is not None and not x.status:
                         x.close = True
-                        self._refuse(x, _overloaded(GOING_DOWN))
+                        self._refuse(x, chat.run_error("overloaded", GOING_DOWN))
                     raise
                 if not x.status:
                     self._refuse(x, HTTPError(408, "The request took too long to arrive."))
@@ -547,7 +534,7 @@ class Gateway:
         """Judge in the order of the contract, and answer. APIError, HTTPError: the refusal."""
         house = self.house
         if x.connection.surplus:
-            raise _overloaded("Too many connections; try again later.")
+            raise chat.run_error("overloaded", "Too many connections; try again later.")
         if self._check_sender(x, request, house):
             return
         fields = request.fields
@@ -608,7 +595,7 @@ class Gateway:
     async def _upgrade(self, x: Exchange, request: http1.Request) -> None:
         """Make the connection a WebSocket, and serve its client to the end. APIError."""
         if self.draining:
-            raise _overloaded(GOING_DOWN)
+            raise chat.run_error("overloaded", GOING_DOWN)
         try:
             fields = rfc6455.accept(request.method, request.fields)
         except rfc6455.HandshakeError as e:
@@ -663,7 +650,7 @@ class Gateway:
             x.send(200, b'{"status":"ok"}')
             return
         if self.draining or not self.ready:
-            raise _overloaded(GOING_DOWN if self.draining else "The gateway is starting.")
+            raise chat.run_error("overloaded", GOING_DOWN if self.draining else "The gateway is starting.")
         store = b"a session could not be kept" if self.runs.store_error else b"ok"
         status = b"degraded" if self.runs.store_error else b"ok"
         x.send(200, b'{"status":"%b","listening":"ok","store":"%b"}' % (status, store))
@@ -823,18 +810,8 @@ def _command_gateway(options: Namespace) -> int:
     for warning in config.warnings:
         log.warning("%s", warning)
     raise_file_limit()
-    with asyncio.Runner(loop_factory=_fast_loop()) as runner:
+    with asyncio.Runner(loop_factory=fast_loop()) as runner:
         return runner.run(_serve(config, options))
-
-
-def _fast_loop() -> Callable[[], asyncio.AbstractEventLoop] | None:
-    """Return what makes uvloop's loop, where it is installed (copepod[fast]), else None: asyncio's own will do."""
-    try:
-        import uvloop
-    except ImportError:
-        return None
-    factory: Callable[[], asyncio.AbstractEventLoop] = uvloop.new_event_loop
-    return factory
 
 
 async def _serve(config: Config, options: Namespace) -> int:
@@ -953,7 +930,7 @@ def _command_check(options: Namespace) -> int:
 
 
 def _command_show(options: Namespace) -> int:
-    print(json.dumps(settings.mask(_load(options).tree), indent=2, ensure_ascii=False))
+    cli.print_payload(settings.mask(_load(options).tree))
     return 0
 
 
@@ -992,11 +969,8 @@ def _command_init(options: Namespace) -> int:
 
 async def _asking(work: Callable[..., Awaitable[Result]]) -> Result:
     """Return what `work` does with what sends requests."""
-    asking = pool.Pool(http1.format_request, http1.read_answer)
-    try:
+    with contextlib.closing(pool.Pool(http1.format_request, http1.read_answer)) as asking:
         return await work(asking.request)
-    finally:
-        asking.close()
 
 
 def _command_token(options: Namespace) -> int:

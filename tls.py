@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # ssl takes 10 ms and 1.6 MiB: a gateway without TLS never imports it
     from ssl import SSLContext
+
+CLOSE_SECONDS = 2.0  # for a peer to end its side; asyncio would wait 30 for one that says nothing
 
 
 def server_context(cert: str, key: str) -> SSLContext:
@@ -19,6 +21,12 @@ def server_context(cert: str, key: str) -> SSLContext:
         said = f"gateway.tls: {cert} and {key} cannot be used ({error.strerror})"
         raise OSError(f"{said}: name a certificate and its key, in PEM, that this user may read") from None
     return context
+
+
+def listening(cert: str, key: str, seconds: float) -> dict[str, Any]:
+    """Return what asyncio's create_server is given for it, the handshake within these seconds. OSError likewise."""
+    times = {"ssl_handshake_timeout": seconds, "ssl_shutdown_timeout": CLOSE_SECONDS}
+    return {"ssl": server_context(cert, key), **times}
 
 
 def client_context(cert: str | None) -> SSLContext:

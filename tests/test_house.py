@@ -17,7 +17,7 @@ NAMES = {path.stem for path in FILES}
 LEAVES = [path for path in FILES if path.stem != HUB]
 # Names that would shadow other people's modules in a checkout.
 FOREIGN = {"websocket", "agents", "http", "types", "secrets", "queue", "json5", "models"}
-THIRD_PARTY = {("settings", "json5"), (HUB, "uvloop")}
+THIRD_PARTY = {("settings", "json5"), ("connection", "uvloop")}
 
 files = pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 leaves = pytest.mark.parametrize("path", LEAVES, ids=lambda path: path.stem)
