@@ -181,11 +181,17 @@ def parse_request(body: bytes) -> ChatRequest:
     return ChatRequest(model, user, stream, usage, events, system, messages, message, params, tools, images)
 
 
-def check_tools(call: ChatRequest, agent_id: str) -> None:
-    """Let a call pass whose tools the agent cannot use. APIError: 400, since the client counts on them."""
+def with_tools(call: ChatRequest, agent_id: str, takes: bool) -> ChatRequest:
+    """Return the call with its tools among its parameters, where the agent takes them.
+
+    APIError: 400, it does not, and the client counts on them.
+    """
+    if call.tools and takes:
+        return call._replace(params={**call.params, **call.tools})
     if call.tools and call.tools.get("tool_choice") != "none":
         said = f"Agent `{agent_id}` takes no tools of its clients: leave `tools` out, send `tool_choice` as `none`,"
         _refuse("tools", f"{said} or ask for an agent that has `clientTools: true`.")
+    return call
 
 
 def _look_closer(fields: Mapping[str, Any]) -> tuple[str, bool, bool, Mapping[str, Any]]:
@@ -403,7 +409,10 @@ class Directory:
         return self.agent(agent_id)
 
     def by_alias(self, model: str) -> str:
-        """Return the agent that `model` names, the default one under its several names too. APIError: 404."""
+        """Return the agent that a path's `model` names, the default one under its several names too. APIError: 404."""
+        from urllib.parse import unquote
+
+        model = unquote(model)
         agent_id = self.by_model(model)
         if agent_id is None and self._model.fullmatch(model.strip()) is None:
             raise APIError(404, "There is no such model.", param="model", code="model_not_found")

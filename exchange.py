@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 MAX_BODY = 1024 * 1024  # bytes; the family's own cap
@@ -19,6 +19,10 @@ STREAM = (
     ("Cache-Control", "no-cache"),
     ("X-Accel-Buffering", "no"),  # nginx would hold the words back
 )
+EXPOSED = (
+    "Access-Control-Expose-Headers",
+    "x-request-id, x-copepod-session-key, x-copepod-agent-id, x-copepod-store, x-should-retry, retry-after",
+)
 
 now = time.monotonic
 
@@ -31,6 +35,8 @@ if TYPE_CHECKING:
         def method(self) -> str: ...
         @property
         def path(self) -> str: ...
+        @property
+        def fields(self) -> Mapping[str, str]: ...
         @property
         def minor(self) -> int: ...
         @property
@@ -99,6 +105,16 @@ class Exchange:
         self.sent = len(body)
         full: bool = self.connection.write(head + body)
         return full
+
+    def open_to(self, origin: str, request: Request) -> bool:
+        """Let pages of this origin read the answer (CORS, Fetch standard). True: it was a preflight, now answered."""
+        self.fields += [("Access-Control-Allow-Origin", origin), ("Vary", "Origin"), EXPOSED]
+        if request.method != "OPTIONS" or "access-control-request-method" not in request.fields:
+            return False
+        asked = request.fields.get("access-control-request-headers")
+        self.fields += [("Access-Control-Allow-Headers", asked)] if asked else []
+        self.send(204, b"", [("Access-Control-Allow-Methods", "GET, HEAD, POST"), ("Access-Control-Max-Age", "600")])
+        return True
 
     async def body(self, request: Request) -> bytes:
         """Return the request's body. HTTPError: 400, 413."""

@@ -100,11 +100,6 @@ SWEEP_SECONDS = 1.0
 STOP_SECONDS = 5.0  # for what was cancelled to end
 GOODBYE_SECONDS = 2.0  # for WebSocket clients to answer a close
 
-EXPOSED = (
-    "Access-Control-Expose-Headers",
-    "x-request-id, x-copepod-session-key, x-copepod-agent-id, x-copepod-store, x-should-retry, retry-after",
-)
-
 ENDPOINTS = {"/v1/chat/completions": "chatCompletions", "/v1/models": "chatCompletions", "/metrics": "metrics"}
 GOING_DOWN = "The gateway is going down."
 REVOKED = "This token is no longer valid, or its rights have changed."
@@ -163,10 +158,7 @@ class House:
 
 def _fitted(call: chat.ChatRequest, agent: configuration.Agent) -> chat.ChatRequest:
     """Return the call as its agent can take it. APIError: 400, it cannot."""
-    if call.tools and agent.client_tools:
-        call = call._replace(params={**call.params, **call.tools})
-    else:
-        chat.check_tools(call, agent.id)
+    call = chat.with_tools(call, agent.id, agent.client_tools)
     if not call.images:
         return call
     try:
@@ -557,7 +549,9 @@ class Gateway:
             self._check_method(request, "GET", "HEAD")
             if house.config.metrics_auth:
                 self._check_credential(x, request, house, auth.READ)
-            x.send(200, measured.text(*self._gauges(), self.refusals), type=("Content-Type", metrics.MEDIA_TYPE))
+            kinds = {"http": len(self.connections) - len(self.upgraded), "websocket": len(self.upgraded)}
+            text = measured.text(self.runs.active, kinds, self.refusals)
+            x.send(200, text, type=("Content-Type", metrics.MEDIA_TYPE))
         elif path == "/" and house.config.webchat:
             self._check_method(request, "GET", "HEAD")
             x.send(200, *webchat.page())
@@ -580,13 +574,7 @@ class Gateway:
         if not auth.check_origin(origin, request.host, config.tls is not None, config.allowed_origins):
             message = "Pages of this origin may not call (see gateway.http.allowedOrigins)."
             raise APIError(403, message, type="permission_error")
-        x.fields += [("Access-Control-Allow-Origin", origin), ("Vary", "Origin"), EXPOSED]
-        if request.method != "OPTIONS" or "access-control-request-method" not in fields:
-            return False
-        asked = fields.get("access-control-request-headers")
-        x.fields += [("Access-Control-Allow-Headers", asked)] if asked else []
-        x.send(204, b"", [("Access-Control-Allow-Methods", "GET, HEAD, POST"), ("Access-Control-Max-Age", "600")])
-        return True
+        return x.open_to(origin, request)
 
     def _wants_websocket(self, request: http1.Request) -> bool:
         # RFC 9110 7.8: an Upgrade in HTTP/1.0 is ignored, and so may any other be.
@@ -623,13 +611,6 @@ class Gateway:
             names = ", ".join(allowed)
             raise APIError(405, f"{request.path} answers {names} only.", fields=[("Allow", names)])
 
-    def _gauges(self) -> tuple[dict[str, int], dict[str, int]]:
-        """Return how many runs, and how many connections, there are of each kind now."""
-        active = sum(run.placed for run in self.runs.active)
-        upgraded = len(self.upgraded)
-        kinds = {"http": len(self.connections) - upgraded, "websocket": upgraded}
-        return {"active": active, "queued": len(self.runs.active) - active}, kinds
-
     def _check_credential(
         self, x: Exchange, request: http1.Request, house: House, scope: str = auth.CHAT
     ) -> auth.Caller:
@@ -658,11 +639,9 @@ class Gateway:
     def _models(self, x: Exchange, path: str, directory: chat.Directory) -> None:
         if path == "/v1/models":
             x.send(200, chat_answers.model_list(list(directory.agents), self.created))
-            return
-        from urllib.parse import unquote
-
-        agent = directory.by_alias(unquote(path.removeprefix("/v1/models/")))
-        x.send(200, chat_answers.model_object(agent, self.created))
+        else:
+            agent = directory.by_alias(path.removeprefix("/v1/models/"))
+            x.send(200, chat_answers.model_object(agent, self.created))
 
     async def _chat(self, x: Exchange, request: http1.Request, house: House, caller: auth.Caller) -> None:
         if request.fields.get("content-encoding", "identity").lower() not in ("", "identity"):

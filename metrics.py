@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         """What is looked at of a run; its times are of `time.monotonic()`."""
 
         agent_id: str
+        placed: bool  # it has one of the places, and does not wait for it
         usage: dict[str, int]
         begun: float
         spoken_at: float  # 0.0: it has not
@@ -118,8 +119,9 @@ class Metrics:
     def _kind(self, kind: object) -> str:
         return kind if isinstance(kind, str) and kind in self._kinds else OTHER  # agents may raise what they like
 
-    def text(self, runs: Mapping[str, int], connections: Mapping[str, int], refusals: Mapping[str, int]) -> bytes:
-        """Return all of it: with how many runs are active and queued now, connections of each kind, refusals so far."""
+    def text(self, runs: Collection[Run], connections: Mapping[str, int], refusals: Mapping[str, int]) -> bytes:
+        """Return all of it: with the runs that there are now, how many connections of each kind, refusals so far."""
+        active = sum(run.placed for run in runs)
         for agent in list(self._ended):
             self._count(agent)
         requests = Counts(int)
@@ -136,8 +138,8 @@ class Metrics:
         told = "Requests that were answered with an error, and refused WebSocket clients and runs, by its code or type."
         lines += _family("copepod_refusals_total", "counter", told, ("reason",), _alone(refusals))
         lines += _family("copepod_connections", "gauge", "Open connections.", ("kind",), _alone(connections))
-        for state, told in (("active", "Runs that are on."), ("queued", "Runs that wait for their turn.")):
-            lines += _family(f"copepod_runs_{state}", "gauge", told, (), {(): runs[state]})
+        lines += _family("copepod_runs_active", "gauge", "Runs that are on.", (), {(): active})
+        lines += _family("copepod_runs_queued", "gauge", "Runs that wait for their turn.", (), {(): len(runs) - active})
         lines += _family("copepod_runs_total", "counter", "Ended runs.", ("agent", "outcome"), self._runs)
         told = "From a run's acceptance to its first word, thought or tool's doing."
         lines += _head("copepod_run_first_token_seconds", "histogram", told)

@@ -269,11 +269,13 @@ def test_tools(fields: dict[str, Any], expected: dict[str, Any]) -> None:
     assert call.tools == expected
     assert call == parse()._replace(tools=expected)
     if not expected:
-        chat.check_tools(call, "main")
+        assert chat.with_tools(call, "main", True) == chat.with_tools(call, "main", False) == call
         return
-    chat.check_tools(parse(**{**fields, "tool_choice": "none"}), "main")
+    assert chat.with_tools(call, "main", True) == call._replace(params={**call.params, **expected})
+    unused = parse(**{**fields, "tool_choice": "none"})
+    assert chat.with_tools(unused, "main", False) == unused
     with pytest.raises(APIError, match="Agent `main` takes no tools") as error:
-        chat.check_tools(call, "main")
+        chat.with_tools(call, "main", False)
     assert (error.value.status, error.value.param) == (400, "tools")
     assert "clientTools: true" in error.value.message
 
@@ -474,6 +476,8 @@ def test_another_model_means_the_default(model: str) -> None:
         ("", None),
         ("copepod:nobody", None),
         ("copepod/", None),
+        ("copepod%2Fcoder", "coder"),
+        ("copepod%2F%63oder%20", "coder"),
     ],
 )
 def test_alias(model: str, expected: str | None) -> None:

@@ -56,7 +56,7 @@ def fresh() -> metrics.Metrics:
 
 
 def text_of(measured: metrics.Metrics, **refusals: int) -> bytes:
-    return measured.text({"active": 0, "queued": 0}, {"http": 0}, refusals)
+    return measured.text([], {"http": 0}, refusals)
 
 
 def ended(agent: str = "main", **changes: Any) -> runs.Run:
