@@ -321,6 +321,13 @@ def print_page(facts: Mapping[str, Any]) -> None:
             print(_plain(f"{'' if n else name:<10}{each}", sys.stdout))
 
 
+def print_good(path: str | None, warnings: Sequence[str]) -> None:
+    """Prints that a configuration is good, its file (None: the built-in default), and what is odd in it."""
+    for warning in warnings:
+        print(f"warning: {warning}")
+    print(f"{path or 'the built-in default'}: good")
+
+
 def print_payload(payload: Any) -> None:
     """Prints it as JSON."""
     print(json.dumps(payload, indent=2, ensure_ascii=False))

@@ -184,11 +184,13 @@ class Desk:
         if self._owner:
             self.store = sessions.Shelf(gateway.store, runs.namespace(self._owner), caller.agents)
         self.reports, self.functions = reports.Reports(self).methods, gateway._agents.keys()
+        self.refusals = {} if self._owner else gateway.refusals
         self.store_name = os.path.basename(gateway.house.config.store)
 
     @property
     def config(self) -> Config:
-        return self._gateway.house.config.within(self._caller.agents)
+        config = self._gateway.house.config.within(self._caller.agents)
+        return config._replace(warnings=()) if self._owner else config
 
     @property
     def uptime_ms(self) -> int:
@@ -253,14 +255,6 @@ class Desk:
         draining = ["the gateway is going down"] if self._gateway.draining else []
         return draining + (["a session could not be stored"] if self._gateway.runs.store_error else [])
 
-    @property
-    def warnings(self) -> tuple[str, ...]:
-        return () if self._owner else self.config.warnings
-
-    @property
-    def refusals(self) -> dict[str, int]:
-        return {} if self._owner else self._gateway.refusals
-
     async def probe(self) -> dict[str, dict[str, Any]]:
         found = {} if self._owner else await self._gateway.house.probe()
         return {name: finding._asdict() for name, finding in found.items()}
@@ -291,6 +285,7 @@ class Gateway:
         self.store = sessions.Store(config.store, config.max_messages)
         self.runs = runs.Runs(config.max_concurrent, self.store.load, self.store.append, providers.checked)
         self.begun = now()
+        self.refusals: dict[str, int] = {}  # how many of which code or type
         desk = Desk(self)
         self.jobs = jobs.Jobs(desk.drive, self.runs.observers)
         events = fanout.Fanout(self.runs.observers)
@@ -301,7 +296,6 @@ class Gateway:
         self.upgraded: set[Connection] = set()  # those of them that are WebSockets
         self.port = 0
         self.access_log: Callable[..., None] | None = None  # see cli.access_log
-        self.refusals: dict[str, int] = {}  # how many of which code or type
         self.metrics: metrics.Metrics | None = None
         self._measure()
         self._server: asyncio.Server | None = None
@@ -902,9 +896,7 @@ def _command_health(options: Namespace) -> int:
 def _command_check(options: Namespace) -> int:
     config = _load(options)
     House(config, {}, None)  # entries of python providers are imported
-    for warning in config.warnings:
-        print(f"warning: {warning}")
-    print(f"{config.path or 'the built-in default'}: good")
+    cli.print_good(config.path, config.warnings)
     return 0
 
 
@@ -932,9 +924,7 @@ def _command_doctor(options: Namespace) -> int:
 
 def _command_init(options: Namespace) -> int:
     reading = _reading(os.environ)
-    path = reading.path(options.config or reading.find() or settings.HOME_FILE)
-    if os.path.lexists(path):
-        reading.problems.append(f"{path} is there, and left as it is: change it, or name another with --config")
+    path = reading.vacant(options.config)
     reading.problems += starter.problems(os.environ)
     if reading.problems:
         raise ConfigError(reading.problems)

@@ -49,6 +49,8 @@ if TYPE_CHECKING:
         def agents(self) -> Mapping[str, Agent]: ...  # by id
         @property
         def providers(self) -> Mapping[str, Any]: ...  # by name; the `models` of their options are listed
+        @property
+        def warnings(self) -> Collection[str]: ...
 
     class Store(Protocol):
         """The transcripts."""
@@ -86,8 +88,6 @@ if TYPE_CHECKING:
         def key(self, run: Any) -> str: ...  # of its session
         @property
         def refusals(self) -> Mapping[str, int]: ...  # how many of which kind
-        @property
-        def warnings(self) -> Collection[str]: ...  # of the configuration
         async def probe(self) -> Dict: ...  # by provider: ok, what, missing
         def troubles(self) -> list[str]: ...  # what keeps the gateway from being well
         def masked(self) -> Dict: ...  # the configuration in effect, secrets redacted
@@ -195,7 +195,7 @@ class Reports:
             "agents": agents,
             **found,
             "refusals": dict(hub.refusals),
-            "warnings": list(hub.warnings),
+            "warnings": list(config.warnings),
             "heartbeat": {"defaultAgentId": default, "agents": heartbeats},
             "channelSummary": [],
             "queuedSystemEvents": [],

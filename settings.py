@@ -143,6 +143,13 @@ class Settings:
         home = self.path(HOME_FILE)
         return home if os.path.exists(home) else None
 
+    def vacant(self, path: str | None) -> str:
+        """Return where a first file goes, by default where `find` looks for it; one that is there is a problem."""
+        place = self.path(path or self.find() or HOME_FILE)
+        if os.path.lexists(place):
+            self.problems.append(f"{place} is there, and left as it is: change it, or name another with --config")
+        return place
+
     def take(self, raw: Any, overrides: Sequence[tuple[str, str]] = ()) -> Any:
         """Return a copy of the tree with the overrides (path, text) in it and each ${VAR} filled; None: a problem."""
         try:

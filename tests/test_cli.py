@@ -519,6 +519,12 @@ def test_findings(
     assert all(list(finding) == ["level", "about", "said", "do"] for finding in told["findings"])
 
 
+def test_a_good_configuration(capsys: pytest.CaptureFixture[str]) -> None:
+    cli.print_good("/a/b.json5", ["one", "two"])
+    cli.print_good(None, ())
+    assert capsys.readouterr().out == "warning: one\nwarning: two\n/a/b.json5: good\nthe built-in default: good\n"
+
+
 def test_what_the_terminal_cannot_show_does_not_end_the_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     shown = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, encoding="ascii"))

@@ -405,6 +405,17 @@ def test_which_file_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert one.problems == ["EDWIN_CONFIG_PATH and CLAWDBOT_CONFIG_PATH: set to different values: unset all but one"]
 
 
+def test_where_a_first_file_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    one = reading({"HOME": str(tmp_path)})
+    at_home = str(tmp_path / ".copepod" / "copepod.json5")
+    assert (one.vacant(None), one.vacant("mine"), one.problems) == (at_home, str(tmp_path / "mine"), [])
+    (tmp_path / "copepod.json5").write_text("{}")
+    here = str(tmp_path / "copepod.json5")
+    assert one.vacant(None) == one.vacant("copepod.json5") == here
+    assert one.problems == [f"{here} is there, and left as it is: change it, or name another with --config"] * 2
+
+
 def test_a_file_of_somebody_else_is_not_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "copepod.json5").write_text("{}")
