@@ -183,7 +183,7 @@ class Desk:
         self.store: Any = gateway.store
         if self._owner:
             self.store = sessions.Shelf(gateway.store, runs.namespace(self._owner), caller.agents)
-        self.reports, self.functions = reports.Reports(self).methods, gateway._agents.keys()
+        self.reports, self.functions = reports.Reports(self, settings.mask).methods, gateway._agents.keys()
         self.refusals = {} if self._owner else gateway.refusals
         self.store_name = os.path.basename(gateway.house.config.store)
 
@@ -258,9 +258,6 @@ class Desk:
     async def probe(self) -> dict[str, dict[str, Any]]:
         found = {} if self._owner else await self._gateway.house.probe()
         return {name: finding._asdict() for name, finding in found.items()}
-
-    def masked(self) -> Any:
-        return settings.mask(self.config.tree)
 
 
 class Gateway:
@@ -524,17 +521,17 @@ class Gateway:
         if self._check_sender(x, request, house):
             return
         fields = request.fields
-        if "upgrade" in fields and self._wants_websocket(request):
+        if "upgrade" in fields and rfc6455.wanted(request.method, request.minor, fields):
             await self._upgrade(x, request)
             return
         path = request.path
         if path == "/v1/chat/completions" and house.config.chat_completions:
             self._check_method(request, "POST")
-            caller = self._check_credential(x, request, house)
+            caller = self._admit(x, request, house)
             await self._chat(x, request, house, caller)
         elif (path == "/v1/models" or path.startswith("/v1/models/")) and house.config.chat_completions:
             self._check_method(request, "GET", "HEAD")
-            caller = self._check_credential(x, request, house)
+            caller = self._admit(x, request, house)
             self._models(x, path, house.directories[caller.name])
         elif path in ("/healthz", "/readyz"):
             self._check_method(request, "GET", "HEAD")
@@ -542,7 +539,7 @@ class Gateway:
         elif path == "/metrics" and (measured := self.metrics) is not None:
             self._check_method(request, "GET", "HEAD")
             if house.config.metrics_auth:
-                self._check_credential(x, request, house, auth.READ)
+                self._admit(x, request, house, auth.READ)
             kinds = {"http": len(self.connections) - len(self.upgraded), "websocket": len(self.upgraded)}
             text = measured.text(self.runs.active, kinds, self.refusals)
             x.send(200, text, type=("Content-Type", metrics.MEDIA_TYPE))
@@ -557,22 +554,16 @@ class Gateway:
 
     def _check_sender(self, x: Exchange, request: http1.Request, house: House) -> bool:
         """Refuse a web page that may not call, and without auth all but this machine. True: a preflight, answered."""
-        fields, config = request.fields, house.config
-        peer = x.connection.peer
+        fields, config, peer = request.fields, house.config, x.connection.peer
         x.client = house.gate.client(peer, fields.get("x-forwarded-for"))
         if config.auth.mode == "none" and (why := auth.stranger(peer, fields, request.host, config.allowed_hosts)):
             raise APIError(403, why, type="permission_error")
-        origin = fields.get("origin")
-        if origin is None:
+        if (origin := fields.get("origin")) is None:
             return False
         if not auth.check_origin(origin, request.host, config.tls is not None, config.allowed_origins):
             message = "Pages of this origin may not call (see gateway.http.allowedOrigins)."
             raise APIError(403, message, type="permission_error")
         return x.open_to(origin, request)
-
-    def _wants_websocket(self, request: http1.Request) -> bool:
-        # RFC 9110 7.8: an Upgrade in HTTP/1.0 is ignored, and so may any other be.
-        return request.method == "GET" and request.minor > 0 and "websocket" in http1.tokens(request.fields["upgrade"])
 
     async def _upgrade(self, x: Exchange, request: http1.Request) -> None:
         """Make the connection a WebSocket, and serve its client to the end. APIError."""
@@ -586,9 +577,8 @@ class Gateway:
         x.read = True
         c.write(x.head(101, fields))
         c.deadline = FOREVER  # from now on control.tick looks after it
-        websocket = rfc6455.WebSocket(
-            c.reader, c.writer, max_message=control.MAX_PAYLOAD, max_buffered=control.MAX_BUFFERED
-        )
+        longest, unread = control.MAX_PAYLOAD, control.MAX_BUFFERED
+        websocket = rfc6455.WebSocket(c.reader, c.writer, max_message=longest, max_buffered=unread)
         self.upgraded.add(c)
 
         def named(name: str) -> None:
@@ -605,9 +595,8 @@ class Gateway:
             names = ", ".join(allowed)
             raise APIError(405, f"{request.path} answers {names} only.", fields=[("Allow", names)])
 
-    def _check_credential(
-        self, x: Exchange, request: http1.Request, house: House, scope: str = auth.CHAT
-    ) -> auth.Caller:
+    def _admit(self, x: Exchange, request: http1.Request, house: House, scope: str = auth.CHAT) -> auth.Caller:
+        """Return who asks, and may do what needs this scope. APIError: 401, 403, 429."""
         fields = request.fields
         verdict = house.gate.admit(auth.bearer(fields.get("authorization")), x.client, fields)
         caller = verdict.caller

@@ -51,6 +51,8 @@ if TYPE_CHECKING:
         def providers(self) -> Mapping[str, Any]: ...  # by name; the `models` of their options are listed
         @property
         def warnings(self) -> Collection[str]: ...
+        @property
+        def tree(self) -> Dict: ...  # as the file would say it, secrets too
 
     class Store(Protocol):
         """The transcripts."""
@@ -90,7 +92,6 @@ if TYPE_CHECKING:
         def refusals(self) -> Mapping[str, int]: ...  # how many of which kind
         async def probe(self) -> Dict: ...  # by provider: ok, what, missing
         def troubles(self) -> list[str]: ...  # what keeps the gateway from being well
-        def masked(self) -> Dict: ...  # the configuration in effect, secrets redacted
 
 
 def shown(messages: list[Dict]) -> list[Dict]:
@@ -126,10 +127,10 @@ def _now_ms() -> int:
 
 
 class Reports:
-    """The methods that only tell, or change what is stored."""
+    """The methods that only tell, or change what is stored. `mask` leaves the secrets out of a configuration's tree."""
 
-    def __init__(self, hub: Hub) -> None:
-        self._hub = hub
+    def __init__(self, hub: Hub, mask: Callable[[Any], Any]) -> None:
+        self._hub, self._mask = hub, mask
         self.methods: dict[str, Callable[..., Awaitable[Any]]] = {
             "health": self._health,
             "status": self._status,
@@ -289,7 +290,7 @@ class Reports:
     async def _config(self, params: Dict) -> Dict:
         from hashlib import sha256  # here: it brings OpenSSL with it
 
-        config = self._hub.masked()
+        config = self._mask(self._hub.config.tree)
         issues: Dict = {"issues": [], "warnings": [], "legacyIssues": []}
         number = sha256(encode(config).encode()).hexdigest()
         return {"exists": True, "valid": True, "config": config, "hash": number, **issues}

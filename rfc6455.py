@@ -53,6 +53,11 @@ class WebSocketError(Exception):
         self.close_code, self.reason = close_code, reason
 
 
+def wanted(method: str, minor: int, fields: Mapping[str, str]) -> bool:
+    """Whether a request of HTTP/1.`minor` asks for a WebSocket; any other upgrade may be ignored (RFC 9110 7.8)."""
+    return method == "GET" and minor > 0 and _names(fields, "upgrade", "websocket")
+
+
 def accept(method: str, fields: Mapping[str, str]) -> list[tuple[str, str]]:
     """The fields of the 101 answer to a client's handshake (4.2); subprotocols and extensions are declined by silence.
 

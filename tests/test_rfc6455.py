@@ -85,6 +85,21 @@ def test_accept(about: str, changes: dict[str, str | None]) -> None:
     assert {name.lower(): value for name, value in answer} == ANSWER
 
 
+@pytest.mark.parametrize(
+    ("method", "minor", "upgrade", "expected"),
+    [
+        ("GET", 1, "websocket", True),
+        ("GET", 1, "h2c, WebSocket", True),
+        ("GET", 0, "websocket", False),
+        ("POST", 1, "websocket", False),
+        ("GET", 1, "h2c", False),
+        ("GET", 1, "", False),
+    ],
+)
+def test_wanted(method: str, minor: int, upgrade: str, expected: bool) -> None:
+    assert rfc6455.wanted(method, minor, {"upgrade": upgrade}) is expected
+
+
 @pytest.mark.parametrize(("about", "method", "changes", "status"), REFUSED, ids=[row[0] for row in REFUSED])
 def test_accept_refuses(about: str, method: str, changes: dict[str, str | None], status: int) -> None:
     with pytest.raises(rfc6455.HandshakeError) as caught:
