@@ -130,14 +130,15 @@ class UsageError(Exception):
 
 def run(
     argv: Sequence[str],
-    commands: Mapping[str, Callable[[Namespace], int]],
+    commands: Mapping[str, Callable[[Namespace], int | None]],
     version: str,
     expected: tuple[type[Exception], ...] = (OSError,),
 ) -> int:
     """Runs the command of this line through `commands` (by its name, "config check") and returns the exit status.
 
     The callable gets a Namespace with the command's flags, `config` (a path or None) and `overrides` (pairs of path and
-    text). An exception of `expected` is printed line by line as an error (1), any other passes; wrong usage is 2.
+    text), and returns the status, None for 0. An exception of `expected` is printed line by line as an error (1), any
+    other passes; wrong usage is 2.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):  # what the terminal cannot show must not end the answer
         sys.stdout.reconfigure(errors="replace")
@@ -145,7 +146,7 @@ def run(
         options = _parse(argv, version)
         status = commands[options.command](options)
         print(end="", flush=True)  # not of sys.stdout, which is None where it was closed
-        return status
+        return status or 0
     except SystemExit as done:  # argparse has printed --help or --version
         return int(done.code or 0)
     except UsageError as error:

@@ -536,13 +536,12 @@ class Gateway:
         elif path in ("/healthz", "/readyz"):
             self._check_method(request, "GET", "HEAD")
             self._health(x, path)
-        elif path == "/metrics" and (measured := self.metrics) is not None:
+        elif path == "/metrics" and (meter := self.metrics) is not None:
             self._check_method(request, "GET", "HEAD")
             if house.config.metrics_auth:
                 self._admit(x, request, house, auth.READ)
             kinds = {"http": len(self.connections) - len(self.upgraded), "websocket": len(self.upgraded)}
-            text = measured.text(self.runs.active, kinds, self.refusals)
-            x.send(200, text, type=("Content-Type", metrics.MEDIA_TYPE))
+            x.send(200, meter.text(self.runs.active, kinds, self.refusals), type=("Content-Type", metrics.MEDIA_TYPE))
         elif path == "/" and house.config.webchat:
             self._check_method(request, "GET", "HEAD")
             x.send(200, *webchat.page())
@@ -601,8 +600,7 @@ class Gateway:
         verdict = house.gate.admit(auth.bearer(fields.get("authorization")), x.client, fields)
         caller = verdict.caller
         if caller is None:
-            mode = house.config.auth.mode
-            raise chat.credential_error(mode, verdict.retry_after, verdict.missing, verdict.expired)
+            raise chat.credential_error(house.gate.mode, verdict.retry_after, verdict.missing, verdict.expired)
         if caller.name:
             x.caller = caller.name
             if not (caller.may_chat() if scope == auth.CHAT else caller.may_read()):
@@ -615,8 +613,7 @@ class Gateway:
             return
         if self.draining or not self.ready:
             raise chat.run_error("overloaded", GOING_DOWN if self.draining else "The gateway is starting.")
-        store = b"a session could not be kept" if self.runs.store_error else b"ok"
-        status = b"degraded" if self.runs.store_error else b"ok"
+        store, status = (b"a session could not be kept", b"degraded") if self.runs.store_error else (b"ok", b"ok")
         x.send(200, b'{"status":"%b","listening":"ok","store":"%b"}' % (status, store))
 
     def _models(self, x: Exchange, path: str, directory: chat.Directory) -> None:
@@ -766,17 +763,17 @@ def _load(options: Namespace) -> Config:
     return load_config(options.config, os.environ, options.overrides)
 
 
-def _command_gateway(options: Namespace) -> int:
+def _command_gateway(options: Namespace) -> None:
     config = _load(options)
     cli.set_logging(config.log_level, config.log_format)
     for warning in config.warnings:
         log.warning("%s", warning)
     raise_file_limit()
     with asyncio.Runner(loop_factory=fast_loop()) as runner:
-        return runner.run(_serve(config, options))
+        runner.run(_serve(config, options))
 
 
-async def _serve(config: Config, options: Namespace) -> int:
+async def _serve(config: Config, options: Namespace) -> None:
     gateway = Gateway(config)
     if config.log_level in ("info", "debug"):
         gateway.access_log = cli.access_log(config.log_format)
@@ -810,7 +807,6 @@ async def _serve(config: Config, options: Namespace) -> int:
     await signalled.wait()
     log.info("going down; what runs has %g seconds", config.drain_seconds)
     await gateway.stop(config.drain_seconds)
-    return 0
 
 
 def _command_agent(options: Namespace) -> int:
@@ -871,10 +867,9 @@ async def _ask(options: Namespace, method: str, params: Mapping[str, Any]) -> tu
         return str(there.address), there.hello, await there.request(method, params, seconds=options.timeout)
 
 
-def _command_call(options: Namespace) -> int:
+def _command_call(options: Namespace) -> None:
     *_, payload = asyncio.run(_ask(options, options.method, options.params))
     cli.print_payload(payload)
-    return 0
 
 
 def _command_health(options: Namespace) -> int:
@@ -882,16 +877,14 @@ def _command_health(options: Namespace) -> int:
     return cli.print_health(*asyncio.run(_ask(options, options.command, params)), options.json)
 
 
-def _command_check(options: Namespace) -> int:
+def _command_check(options: Namespace) -> None:
     config = _load(options)
     House(config, {}, None)  # entries of python providers are imported
     cli.print_good(config.path, config.warnings)
-    return 0
 
 
-def _command_show(options: Namespace) -> int:
+def _command_show(options: Namespace) -> None:
     cli.print_payload(settings.mask(_load(options).tree))
-    return 0
 
 
 def _command_doctor(options: Namespace) -> int:
@@ -911,7 +904,7 @@ def _command_doctor(options: Namespace) -> int:
     return cli.print_findings(found, options.json)
 
 
-def _command_init(options: Namespace) -> int:
+def _command_init(options: Namespace) -> None:
     reading = _reading(os.environ)
     path = reading.vacant(options.config)
     reading.problems += starter.problems(os.environ)
@@ -922,7 +915,6 @@ def _command_init(options: Namespace) -> int:
     port = next((port for port in starter.PORTS if not doctor.unbound("127.0.0.1", port)), configuration.DEFAULT_PORT)
     starter.write(path, starter.text(offer, auth.new_token(), port))
     cli.say_next(path, offer, ["--config", options.config] if options.config else [])
-    return 0
 
 
 async def _asking(work: Callable[..., Awaitable[Result]]) -> Result:
@@ -931,7 +923,7 @@ async def _asking(work: Callable[..., Awaitable[Result]]) -> Result:
         return await work(asking.request)
 
 
-def _command_token(options: Namespace) -> int:
+def _command_token(options: Namespace) -> None:
     token, reading = auth.new_token(), _reading({})
     entry = {"name": options.name, "tokenSha256": auth.digest(token).hex()}
     entry |= {key: given for key in ("agents", "scopes", "expires") if (given := getattr(options, key)) is not None}
@@ -940,12 +932,11 @@ def _command_token(options: Namespace) -> int:
     if reading.problems:
         raise cli.UsageError("; ".join(problem.removeprefix(f"{at}.") for problem in reading.problems))
     cli.print_token(token, entry)
-    return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program with `argv` (default: the process's own). Returns the exit status."""
-    commands_ = {
+    commands_: dict[str, Callable[[Namespace], int | None]] = {
         "gateway": _command_gateway,
         "agent": _command_agent,
         "call": _command_call,
