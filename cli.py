@@ -22,7 +22,6 @@ MAX_STDIN_BYTES = 1 << 20  # a message is no longer than the body of a request
 MAX_SECONDS = 604800  # a week, as in the configuration
 QUIET_SECONDS = 2.0  # without a word, then the seconds are shown
 MAX_NOTE = 200  # characters of what an agent tells of its doing, in a line
-LOG_SECONDS = 0.1  # how long a line of the access log may wait for others
 CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # but tab and line feed
 FINDING = ("level", "about", "said", "do")
 INTERRUPTED = 130  # what a shell reports of a program that SIGINT ended
@@ -386,82 +385,6 @@ def say_next(path: str, what: object, flags: Sequence[str]) -> None:
     print(f"its agent is {what}; type, each in a terminal of its own:")
     for words in (["gateway"], ["agent", "--message", "Hello"]):
         print("  " + shlex.join([*program, *words, *flags]))
-
-
-def set_logging(level: str, form: str) -> None:
-    """Sends the log from this level ("error", "warn", "info", "debug") on to stderr, as lines of "text" or "json"."""
-    import logging
-
-    class Line(logging.Formatter):
-        def format(self, record: logging.LogRecord) -> str:
-            text = super().format(record)
-            if form == "text":
-                return text
-            fields = {"time": record.created, "level": record.levelname.lower(), "logger": record.name, "message": text}
-            return json.dumps(fields, ensure_ascii=False)
-
-    handler = logging.StreamHandler()
-    handler.setFormatter(Line("%(asctime)s %(levelname)s %(message)s" if form == "text" else None))
-    logger = logging.getLogger(PROGRAM)
-    logger.handlers = [handler]
-    logger.setLevel(level.upper())
-    logger.propagate = False
-
-
-def session_name(run: Any) -> str:
-    """Returns the eight digits by which the log names a run's conversation, "-" where it is none that is kept.
-
-    They are of its session's id, which is random: of its key, which may be a person's name, even a digest tells who
-    guesses that he is right.
-    """
-    known = run is not None and run.stored and run.provider and not run.lost  # before its agent begins, it is not known
-    return run.turn["session_id"][:8] if known else "-"
-
-
-def access_log(form: str) -> Callable[..., None]:
-    """Returns what writes a line of "text" or "json" to stderr for each answered request.
-
-    `run` is the one that was asked for, if any: its conversation is named, and of its `usage` the tokens. The lines of
-    a moment are written at once, since a write for each would cost a tenth of what an answer does.
-    """
-    import asyncio
-    import atexit
-
-    lines: list[str] = []
-    second, clock = 0, ""
-
-    def flush() -> None:
-        text = "".join(lines)
-        lines.clear()
-        with suppress(OSError):  # whoever read the log has gone
-            sys.stderr.write(text)
-            sys.stderr.flush()
-
-    atexit.register(flush)
-
-    def write(
-        request_id: str, client: str, method: str, path: str, status: int, sent: int, ms: float, agent: str, token: str,
-        run: Any = None,
-    ) -> None:  # fmt: skip
-        nonlocal second, clock
-        if not lines:
-            asyncio.get_running_loop().call_later(LOG_SECONDS, flush)
-        session, usage = session_name(run), run and run.usage
-        if form == "json":
-            fields = {"time": time.time(), "id": request_id, "client": client, "method": method, "path": path}
-            fields |= {"status": status, "bytes": sent, "ms": round(ms, 1), "agent": agent, "token": token}
-            fields["session"] = session
-            if usage:
-                fields |= {"promptTokens": usage["prompt_tokens"], "completionTokens": usage["completion_tokens"]}
-            lines.append(json.dumps(fields) + "\n")
-            return
-        if second != (now := int(time.time())):
-            second, clock = now, time.strftime("%Y-%m-%d %H:%M:%S")
-        tokens = f"{usage['prompt_tokens']}/{usage['completion_tokens']}" if usage else "-"
-        said = f"{status} {sent} {ms:.1f} {agent} {token} {session} {tokens}"
-        lines.append(f"{clock} {request_id} {client} {method} {path} {said}\n")
-
-    return write
 
 
 def _parse(argv: Sequence[str], version: str) -> Namespace:

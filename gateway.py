@@ -33,6 +33,7 @@ if TYPE_CHECKING or not __package__:  # a checkout: the files lie beside this on
     import http1
     import image_parts
     import jobs
+    import logs
     import metrics
     import model_server
     import openai_completions
@@ -68,6 +69,7 @@ else:  # installed or vendored: they are modules of this package
         http1,
         image_parts,
         jobs,
+        logs,
         metrics,
         model_server,
         openai_completions,
@@ -285,14 +287,13 @@ class Gateway:
         self.refusals: dict[str, int] = {}  # how many of which code or type
         desk = Desk(self)
         self.jobs = jobs.Jobs(desk.drive, self.runs.observers)
-        events = fanout.Fanout(self.runs.observers)
-        self.control = control.Control(desk, self.jobs, events, schema.problem)
+        self.control = control.Control(desk, self.jobs, fanout.Fanout(self.runs.observers), schema.problem)
         self.created = int(time.time())
         self.draining = self.ready = self._hurried = False
         self.connections: set[Connection] = set()
         self.upgraded: set[Connection] = set()  # those of them that are WebSockets
         self.port = 0
-        self.access_log: Callable[..., None] | None = None  # see cli.access_log
+        self.access_log: Callable[..., None] | None = None  # see logs.access_log
         self.metrics: metrics.Metrics | None = None
         self._measure()
         self._server: asyncio.Server | None = None
@@ -631,10 +632,8 @@ class Gateway:
         uuid = chat.as_uuid(x.id[4:])  # so that the log's request and the client's completion have one number
         target = house.directories[caller.name].resolve(call.model, call.user, request.fields, uuid)
         x.agent = target.agent_id
-        x.fields += [
-            ("x-copepod-session-key", chat.printable(target.session_key)),
-            ("x-copepod-agent-id", target.agent_id),
-        ]
+        key = ("x-copepod-session-key", chat.printable(target.session_key))
+        x.fields += [key, ("x-copepod-agent-id", target.agent_id)]
         if call.tools or call.images:
             call = _fitted(call, house.config.agents[target.agent_id])
         c = x.connection
@@ -765,7 +764,7 @@ def _load(options: Namespace) -> Config:
 
 def _command_gateway(options: Namespace) -> None:
     config = _load(options)
-    cli.set_logging(config.log_level, config.log_format)
+    logs.set_logging(config.log_level, config.log_format)
     for warning in config.warnings:
         log.warning("%s", warning)
     raise_file_limit()
@@ -776,7 +775,7 @@ def _command_gateway(options: Namespace) -> None:
 async def _serve(config: Config, options: Namespace) -> None:
     gateway = Gateway(config)
     if config.log_level in ("info", "debug"):
-        gateway.access_log = cli.access_log(config.log_format)
+        gateway.access_log = logs.access_log(config.log_format)
     loop, signalled = asyncio.get_running_loop(), asyncio.Event()
 
     def stop() -> None:
@@ -811,7 +810,7 @@ async def _serve(config: Config, options: Namespace) -> None:
 
 def _command_agent(options: Namespace) -> int:
     config = _load(options)
-    cli.set_logging("error", config.log_format)
+    logs.set_logging("error", config.log_format)
     return asyncio.run((_run_here if options.local else _run_there)(config, options))
 
 

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import cli
+import logs
 from live import CHAT, Client, ask, run, serving, settings, stream
 from peer import SESAME, TOKEN, connected
 from test_program import finished, program
@@ -43,7 +43,7 @@ def test_a_line_says_which_conversation_and_how_many_tokens() -> None:
         *asked, health = [line[9] for line in lines]
         assert health is None
         assert [each.stored for each in asked] == [False, True, True]
-        assert cli.session_name(asked[0]) == "-" != cli.session_name(asked[1]) == cli.session_name(asked[2])
+        assert logs.session_name(asked[0]) == "-" != logs.session_name(asked[1]) == logs.session_name(asked[2])
         assert {tuple(each.usage.items())[:2] for each in asked} == {(("prompt_tokens", 3), ("completion_tokens", 1))}
 
     run(main())
@@ -76,7 +76,7 @@ def test_a_run_over_websocket_leaves_a_line() -> None:
         ]
         assert all(0 <= line[6] < 30_000 for line in ran)
         assert [line[9].usage.get("completion_tokens") for line in ran] == [1, None, 1]
-        assert len({cli.session_name(line[9]) for line in ran}) == 3  # bob's `main` is his own
+        assert len({logs.session_name(line[9]) for line in ran}) == 3  # bob's `main` is his own
         assert [line[4] for line in lines if line[2] != "WS"] == [101, 101]
 
     run(main())
