@@ -277,7 +277,8 @@ class Gateway:
         if not isinstance(config, Config):
             # Another program's files are its own: without a word about it, sessions are kept in memory.
             reading = _reading(os.environ)
-            config = _build(reading, reading.take(settings.embedded(config or {}, agents or {})))
+            tree = settings.embedded(config or {}, agents or {})
+            config = configuration.build(reading.take(tree), reading, auth.callers)
         self._agents = {name.lower(): function for name, function in (agents or {}).items()}
         self._pool = pool.Pool(http1.format_request, http1.read_answer)
         self.house = House(config, self._agents, self._pool.request)
@@ -383,10 +384,9 @@ class Gateway:
         """End what `stop` still waits for."""
         self._hurried = True
         self._cut()
-        if self.control.closing:
-            for c in self.upgraded:
-                if c.task is not None:
-                    c.task.cancel()
+        for c in self.upgraded if self.control.closing else ():
+            if c.task is not None:
+                c.task.cancel()
 
     def reload(self, config: Config) -> None:
         """Serve by another configuration from the next request on. Port, TLS and store stay. ConfigError."""
@@ -747,11 +747,7 @@ class Gateway:
 def load_config(path: str | None, environ: Mapping[str, str], overrides: Sequence[tuple[str, str]] = ()) -> Config:
     """Return the Config of this file; None: of the one that is found, or the built-in default. ConfigError."""
     reading = _reading(environ)
-    return _build(reading, reading.read(path, overrides))
-
-
-def _build(reading: settings.Settings, tree: Any) -> Config:
-    return configuration.build(tree, reading, auth.callers)
+    return configuration.build(reading.read(path, overrides), reading, auth.callers)
 
 
 def _reading(environ: Mapping[str, str]) -> settings.Settings:
@@ -854,8 +850,7 @@ def _remote(config: Config, options: Namespace) -> remote.Remote:
 
     async def open_(heard: Callable[[], None]) -> rfc6455.WebSocket:
         context = tls.client_context(trusted) if address.tls else None
-        where, limit = address[:3], remote.MAX_MESSAGE
-        return await rfc6455.connect(*where, tls=context, max_message=limit, on_activity=heard)
+        return await rfc6455.connect(*address[:3], tls=context, max_message=remote.MAX_MESSAGE, on_activity=heard)
 
     return remote.Remote(address, open_, rfc6455.HandshakeError, VERSION, secrets)
 

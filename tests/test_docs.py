@@ -171,7 +171,7 @@ def check_json5(block: Block, folder: Path) -> None:
     read.folder = str(folder)
     for name in tree.get("gateway", {}).get("tls", {}).values():
         (folder / name).touch()
-    config = gateway._build(read, read.take(tree))
+    config = gateway.configuration.build(read.take(tree), read, gateway.auth.callers)
     assert not config.warnings
     return None
 
