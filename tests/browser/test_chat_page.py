@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mappin
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 
@@ -22,6 +23,7 @@ TOKEN = "a-token"  # noqa: S105
 PAGE = {"gateway.http.endpoints.webchat.enabled": True}
 WITH_TOKEN = {"gateway.auth.mode": "token", "gateway.auth.token": TOKEN}
 HOSTILE = '<img src=x onerror="document.title=1"> <script>alert(1)</script> </p><b>bold</b> &lt;'
+ARABIC = "\u0645\u0631\u062d\u0628\u0627"
 SPOKEN = """window.spoken = [], new MutationObserver((changes) => {
     for (const { addedNodes, target } of changes) for (const node of addedNodes) {
         if (!target.closest("[aria-hidden]") && !node.ariaHidden) spoken.push(node.innerText ?? node.data);
@@ -257,6 +259,7 @@ def test_a_wrong_token_and_the_right_one(play: Play) -> None:
             await tab.type(TOKEN)
             await tab.press("Enter")
             await tab.says("Talk to main")
+            assert await tab.evaluate("document.getElementById('secret').value") == ""
             await tab.reload()  # and it does not ask again
             await tab.says("Talk to main")
             assert await tab.evaluate("JSON.stringify(sessionStorage)") == json.dumps(
@@ -313,6 +316,39 @@ def test_a_token_that_is_right_no_more(play: Play) -> None:
             await tab.press("Enter")
             await tab.says("Talk to main")
         stage.forgiven = "ERR_CONNECTION_REFUSED"
+
+    play(main)
+
+
+def test_who_is_locked_out_for_a_while_is_not_forgotten(play: Play) -> None:
+    async def main(stage: Stage) -> None:
+        limits = {"gateway.auth.rateLimit": {"maxAttempts": 1, "exemptLoopback": False}}
+        async with stage.serving({"main": says}, {**WITH_TOKEN, **limits}):
+            tab = await stage.tab(until="Who is there?")
+            await tab.type(TOKEN)
+            await tab.press("Enter")
+            await tab.says("Talk to main")
+            other = await stage.tab(until="Who is there?")
+            await other.type("wrong")
+            await other.press("Enter")
+            await other.says("That is not it", "#refused")
+            await tab.reload()
+            await tab.says("too many failed attempts: try again in", "#refused")
+            assert await tab.evaluate("sessionStorage['copepod.secret']") == TOKEN
+
+    play(main)
+
+
+def test_who_looks_again_does_not_wait(play: Play) -> None:
+    async def main(stage: Stage) -> None:
+        async with stage.serving({"main": says}):
+            tab = await stage.tab()
+            await tab.evaluate("failures = 1000, 0")  # the next attempt is more than ten seconds away
+            for connection in list(stage.hub.upgraded):
+                connection.transport.abort()
+            await tab.says("Not connected, trying again")
+            await tab.evaluate("dispatchEvent(new Event('online'))")
+            await tab.says("Connected")
 
     play(main)
 
@@ -488,6 +524,26 @@ def test_hostile_text_is_text(play: Play) -> None:
     play(main)
 
 
+@pytest.mark.parametrize(
+    "key", ["agent:main:quo\"te's", "agent:main:ü 50% %23", "agent:main:a#b?c=d", "<b>", "k" * 500], ids=range(5)
+)
+def test_any_key(play: Play, key: str) -> None:
+    async def main(stage: Stage) -> None:
+        async with stage.serving({"main": says}):
+            tab = await stage.tab(at=f"#{quote(key, safe='')}")  # not as the page itself would write it
+            await tab.says("Talk to main")
+            await send(tab, "hi")
+            await tab.says("You said: hi", "article.assistant")
+            await tab.says(key.removeprefix("agent:main:"), "nav a[aria-current]")
+            await tab.click("#new")
+            await tab.says("Talk to main")
+            await tab.click("nav a")
+            await tab.says("You said: hi", "article.assistant")
+            assert await tab.evaluate("session") == key
+
+    play(main)
+
+
 def test_two_tabs(play: Play) -> None:
     async def main(stage: Stage) -> None:
         agent = Step(["one ", "two"])
@@ -620,6 +676,47 @@ def test_on_a_phone(play: Play) -> None:
             await tab.click("#new")
             await tab.says("Talk to main")
             assert await tab.evaluate("getComputedStyle(document.querySelector('nav')).display") == "none"
+
+    play(main)
+
+
+def test_large_letters_on_a_small_screen(play: Play) -> None:
+    async def main(stage: Stage) -> None:
+        agents = [{"id": "main", "name": "A long name " * 9}]
+        async with stage.serving({"main": says}, {"agents.list": agents, **WITH_TOKEN}):
+            tab = await stage.tab(until="Who is there?")
+            await tab.size(360, 400, phone=True)
+            await tab.evaluate("document.documentElement.style.fontSize = '200%', 0")
+            assert await tab.evaluate("((door) => door.scrollHeight > door.clientHeight)(document.forms[0])")
+            await tab.type(TOKEN)
+            await tab.until("document.forms[0].scrollTop > 0")  # it has come into view
+            await tab.press("Enter")
+            await tab.says("Talk to A long name")
+            await tab.evaluate("document.getElementById('text').focus()")
+            for message in ("one", "two"):
+                await tab.type(message)
+                await tab.press("Enter")
+                await tab.says(f"You said: {message}", "article:last-child")
+            assert await tab.evaluate("document.documentElement.scrollWidth") == 360
+            assert await tab.evaluate("document.documentElement.scrollHeight") == 400
+
+    play(main)
+
+
+def test_words_from_right_to_left(play: Play) -> None:
+    async def main(stage: Stage) -> None:
+        async with stage.serving({"main": says}):
+            tab = await stage.tab()
+            await send(tab, f"x\n\n{ARABIC}")
+            await tab.says(ARABIC, "article.assistant p:last-child")
+            await tab.until(OVER)
+            ends = """[...document.querySelectorAll('article.assistant p')].slice(1).map((p) => {
+                const range = document.createRange(), box = p.getBoundingClientRect();
+                range.selectNodeContents(p);
+                const words = range.getBoundingClientRect();
+                return [words.left === box.left, words.right === box.right];
+            })"""
+            assert await tab.evaluate(ends) == [[True, False], [False, True]]
 
     play(main)
 
