@@ -162,8 +162,20 @@ def run(
         return 1
 
 
+def called() -> str:
+    """Returns what to type in a shell for this program, as it was called."""
+    import shlex
+    import shutil
+
+    if sys.argv[0].endswith((".py", ".pyz")):  # the second may not be executable, nor in a folder of the PATH
+        return shlex.join([os.path.basename(sys.executable), sys.argv[0]])
+    return PROGRAM if shutil.which(PROGRAM) == os.path.abspath(sys.argv[0]) else shlex.quote(sys.argv[0])
+
+
 def fail(text: str) -> None:
-    """Prints each line of it on stderr as an error."""
+    """Prints each line of it on stderr as an error; a command in it is named as this one was called."""
+    if f"`{PROGRAM} " in text:
+        text = text.replace(f"`{PROGRAM} ", f"`{called()} ")
     for line in text.splitlines() or ["failed"]:
         print(f"{PROGRAM}: error: {_plain(line, sys.stderr)}", file=sys.stderr)
 
@@ -374,17 +386,11 @@ def choose(question: str, choices: Sequence[object]) -> int:
 def say_next(path: str, what: object, flags: Sequence[str]) -> None:
     """Prints that the configuration was written, and the two lines to type next; `flags` name it where they have to."""
     import shlex
-    import shutil
 
-    program = [sys.argv[0]]
-    if sys.argv[0].endswith((".py", ".pyz")):  # the second may not be executable, nor in a folder of the PATH
-        program = [os.path.basename(sys.executable), sys.argv[0]]
-    elif shutil.which(PROGRAM) == os.path.abspath(sys.argv[0]):
-        program = [PROGRAM]
-    print(f"wrote {path}, with a fresh token in it")
+    print(f"wrote {path}, with a fresh token in it, for which the chat page will ask")
     print(f"its agent is {what}; type, each in a terminal of its own:")
     for words in (["gateway"], ["agent", "--message", "Hello"]):
-        print("  " + shlex.join([*program, *words, *flags]))
+        print(f"  {called()} {shlex.join([*words, *flags])}")
 
 
 def _parse(argv: Sequence[str], version: str) -> Namespace:

@@ -755,7 +755,14 @@ def _reading(environ: Mapping[str, str]) -> settings.Settings:
 
 
 def _load(options: Namespace) -> Config:
-    return load_config(options.config, os.environ, options.overrides)
+    reading = _reading(os.environ)
+    tree = reading.read(options.config, options.overrides)
+    try:
+        return configuration.build(tree, reading, auth.callers)
+    except ConfigError as e:
+        if tree is None or options.overrides or not reading.file:  # the file is named, or it may not be the file
+            raise
+        raise ConfigError([f"{reading.file}: {problem}" for problem in e.problems]) from None
 
 
 def _command_gateway(options: Namespace) -> None:

@@ -73,7 +73,7 @@ def nobody_listens() -> int:
         ),
         pytest.param(
             ["agent", "--message", "hi", "--set", "gateway.port={free}"],
-            r"no gateway answers at ws://127\.0\.0\.1:\d+: start one with `copepod gateway`, or give --url",
+            r"no gateway answers at ws://127\.0\.0\.1:\d+: start one with `\S+ \S+/gateway\.py gateway`, or give --url",
             id="no gateway",
         ),
     ],
@@ -156,7 +156,7 @@ def test_no_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
             502,
             "the model server could not be reached: where the gateway runs, `copepod doctor` says more",
             [],
-            r".*the model server could not be reached: where the gateway runs, `copepod doctor` says more",
+            r".*the model server could not be reached: where the gateway runs, `\S+ \S+/gateway\.py doctor` says more",
             id="upstream down",
         ),
     ],

@@ -299,7 +299,9 @@ def test_config_check_says_every_mistake(tmp_path: Path) -> None:
     assert checked.stdout == ""
     lines = checked.stderr.splitlines()
     assert len(lines) == 3, checked.stderr
-    assert all(line.startswith("copepod: error: ") for line in lines)
+    assert all(line.startswith(f"copepod: error: {file}: ") for line in lines)
+    mixed = finished("config", "check", "--config", str(file), "--set", "session.maxMessages=few", cwd=tmp_path)
+    assert str(file) not in mixed.stderr  # a flag may be what is wrong
     for path, hint in (("gateway.prot", '"port"'), ("gateway.auth.mode", '"token"'), ("session.maxMessages", "number")):
         assert any(path in line and hint in line for line in lines), checked.stderr
     for command in (["gateway"], [], ["config", "show"], ["agent", "--local", "--message", "hi"]):

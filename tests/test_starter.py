@@ -194,7 +194,7 @@ def bare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_what_it_says_to_type(bare: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert gateway.main(["init", "--yes"]) == 0
     wrote, what, *typed = capsys.readouterr().out.splitlines()
-    assert wrote == f"wrote {bare}/.copepod/copepod.json5, with a fresh token in it"
+    assert wrote == f"wrote {bare}/.copepod/copepod.json5, with a fresh token in it, for which the chat page will ask"
     assert what.startswith("its agent is echo, which repeats")
     words = [shlex.split(line)[1:] for line in typed]
     assert words == [[PROGRAM[1], "gateway"], [PROGRAM[1], "agent", "--message", "Hello"]]
@@ -276,6 +276,8 @@ def test_the_program_is_named_as_it_was_called(
     monkeypatch.setattr(sys, "argv", [program.format(bare)])
     assert gateway.main(["init", "--yes"]) == 0
     assert capsys.readouterr().out.splitlines()[2] == f"  {typed.format(bare)} gateway"
+    assert gateway.main(["gateway", "--config", "none.json5"]) == 1  # in what goes wrong, too
+    assert f"type `{typed.format(bare)} init`, which" in capsys.readouterr().err
 
 
 def test_a_port_that_is_taken_is_not_chosen(bare: Path, monkeypatch: pytest.MonkeyPatch) -> None:
