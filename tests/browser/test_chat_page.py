@@ -353,6 +353,20 @@ def test_who_looks_again_does_not_wait(play: Play) -> None:
     play(main)
 
 
+def test_below_a_path_that_a_proxy_takes_away(play: Play) -> None:
+    async def main(stage: Stage) -> None:
+        async with stage.serving({"main": says}):
+            tab = await stage.tab()
+            await tab.evaluate("history.replaceState(null, '', `/chat/${location.hash}`)")  # where the proxy has it
+            for connection in list(stage.hub.upgraded):
+                connection.transport.abort()
+            await tab.says("Not connected")
+            await tab.says("Connected")
+            assert tab.addresses[-1] == f"ws://127.0.0.1:{stage.port}/chat/"
+
+    play(main)
+
+
 def test_an_answer_that_a_crash_has_ended(play: Play) -> None:
     async def main(stage: Stage) -> None:
         agent = Step(["Half ", "never"])
