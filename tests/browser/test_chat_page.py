@@ -558,6 +558,22 @@ def test_any_key(play: Play, key: str) -> None:
     play(main)
 
 
+def test_a_key_that_names_no_agent(play: Play) -> None:
+    async def main(stage: Stage) -> None:
+        agents = [{"id": "main"}, {"id": "beta"}]
+        async with stage.serving({"main": says, "beta": says}, {"agents.list": agents}):
+            for agent in ("main", "beta"):  # two conversations, of which the page can have the default agent's
+                await live.ask(stage.hub, agent, {"x-copepod-session-key": "a:agent:beta:b"}, model=f"copepod:{agent}")
+            tab = await stage.tab()
+            await tab.says("· main", "nav li:last-child")
+            assert await tab.evaluate("document.querySelectorAll('nav li').length") == 1
+            await tab.click("nav a")
+            await tab.says("You said: main", "article.assistant")
+            assert await tab.evaluate("document.getElementById('agent').value") == "main"
+
+    play(main)
+
+
 def test_two_tabs(play: Play) -> None:
     async def main(stage: Stage) -> None:
         agent = Step(["one ", "two"])
