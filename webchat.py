@@ -40,9 +40,15 @@ def policy(html: bytes) -> str:
 
 @cache
 def page() -> Page:
-    """Return the page, read once, by whatever has loaded this module: from a folder, or out of an archive. OSError."""
+    """Return the page, read once, by whatever has loaded this module: from a folder, or out of an archive.
+
+    RuntimeError: it is not there. An OSError would be taken for the client's connection.
+    """
     loader: Any = __spec__.loader
-    html = loader.get_data(os.path.join(os.path.dirname(__file__), FILE))
+    try:
+        html = loader.get_data(os.path.join(os.path.dirname(__file__), FILE))
+    except OSError as error:
+        raise RuntimeError(f"{FILE} has to lie beside webchat.py ({error.strerror})") from None
     fields = (
         ("Content-Security-Policy", policy(html)),
         ("X-Content-Type-Options", "nosniff"),

@@ -80,6 +80,20 @@ def test_who_gets_it(changes: dict[str, Any], method: str, target: str, fields: 
     assert answer.fields.get("allow") == ("GET, HEAD" if status == 405 else None)
 
 
+def test_a_page_that_was_left_behind(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(webchat, "FILE", "no.html")
+    webchat.page.cache_clear()
+
+    async def main() -> Answer:
+        async with serving(ON) as hub, await Client.open(hub.port) as client:
+            return await client.ask("GET", "/")
+
+    answer = run(main())
+    assert (answer.status, answer.error["type"]) == (500, "server_error")
+    assert "no.html has to lie beside webchat.py" in caplog.text
+    caplog.clear()
+
+
 def test_the_page_is_one_file() -> None:
     assert b"://" not in PAGE
     assert not re.findall(rb"(?i)\b(?:src|style|on[a-z]+|srcset|action)\s*=\s*[\"']|@import|\burl\(", PAGE)
