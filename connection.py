@@ -119,6 +119,7 @@ class Connection(asyncio.StreamReaderProtocol):
             return
         self.reader.feed_data(data)
         if self.task is None and not self.transport.is_closing():
+            self.deadline = FOREVER  # until it has begun: a task that is cancelled before that ends without a word
             self.task = asyncio.Task(self._run(), loop=self._loop_)
 
     def eof_received(self) -> bool:

@@ -377,8 +377,8 @@ class Gateway:
             self.runs.stop(run, runs.RunError("overloaded", GOING_DOWN, taken=run.placed))
         tasks = {c.task for c in self.connections - self.upgraded} - {run.task for run in running} - left
         for task in tasks:
-            if task is not None:
-                task.cancel()
+            if task is not None:  # one that has not begun yet would end without a word
+                task.get_loop().call_soon(task.cancel)
 
     def hurry(self) -> None:
         """End what `stop` still waits for."""

@@ -525,6 +525,20 @@ def test_idle_too_long() -> None:
     run(echo, work)
 
 
+def test_bytes_that_come_as_the_deadline_passes_are_served() -> None:
+    """Their task has not begun: cancelled now, it would leave the connection in the set for ever."""
+
+    async def work(house: House) -> None:
+        sock, c = await house.client()
+        c.deadline = connection.now() - 1
+        c.data_received(b"late\n")
+        if c.deadline < connection.now():  # as the gateway's sweep
+            c.expire()
+        assert await receive(sock, 5) == b"late\n"
+
+    run(echo, work)
+
+
 def test_idle_too_long_with_bytes_unsent() -> None:
     async def work(house: House) -> None:
         _, c = await house.client()

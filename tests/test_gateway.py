@@ -1009,3 +1009,19 @@ def test_an_echo_has_neither_tools_nor_eyes(agent: dict[str, Any], said: str) ->
             pass
 
     run(main())
+
+
+def test_a_request_that_comes_as_all_is_cut_is_told() -> None:
+    """Its task has not begun: cancelled at once, it would end without a word."""
+
+    async def main() -> None:
+        async with serving() as hub, await Client.open(hub.port) as client:
+            (connection,) = hub.connections
+            body = chat()
+            head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(body)
+            hub.draining = True
+            connection.data_received(head + body)
+            hub._cut()
+            assert (await client.answer()).status == 503
+
+    run(main())

@@ -557,7 +557,8 @@ def upstream_faults(n: int) -> Row:
     def config(port: int, plain_port: int, tls_port: int) -> dict[str, Any]:
         def provider(name: str) -> dict[str, Any]:
             seconds = 2 * TIMEOUT if faults[name].status == 504 else 10
-            return {"api": "openai-completions", "baseUrl": urls[name], "apiKey": "k", "timeoutSeconds": seconds}
+            at = {"api": "openai-completions", "baseUrl": urls[name], "apiKey": "k"}
+            return {**at, "timeoutSeconds": seconds, "retry": {"seconds": 1}}
 
         with socket.socket() as sock:
             sock.bind(("127.0.0.1", 0))
