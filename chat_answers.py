@@ -17,6 +17,7 @@ SILENCE_SECONDS = 15.0  # between two comments of a silent stream
 DEFAULT_MODEL = "copepod"  # what is answered to a call that names none
 NOTHING: Mapping[str, Sequence[Any]] = {}
 
+WORD = '{"index":0,"delta":{"content":'
 WORD_END = '},"finish_reason":null}]}\n\n'
 DONE = b"data: [DONE]\n\n"
 KEEP_ALIVE = b": keep-alive\n\n"
@@ -74,7 +75,7 @@ class EventStream:
     The first ones wait for the first word, so that a run that fails before it is answered with a real status.
     """
 
-    __slots__ = ("_begun", "_clock", "_events", "_include_usage", "_last", "_send", "_start", "_unsent", "_word")
+    __slots__ = ("_begun", "_clock", "_events", "_include_usage", "_last", "_send", "_unsent", "_word")
 
     def __init__(
         self,
@@ -87,14 +88,18 @@ class EventStream:
         clock: Callable[[], float],
     ) -> None:
         self._send, self._unsent, self._clock, self._include_usage = send, unsent, clock, include_usage
-        self._start = (
+        self._word = (  # what stands before a word
             f'data: {{"id":"{run_id}","object":"chat.completion.chunk","created":{int(time.time())},'
-            f'"model":{encode_basestring_ascii(model or DEFAULT_MODEL)},"choices":['
+            f'"model":{encode_basestring_ascii(model or DEFAULT_MODEL)},"choices":[{WORD}'
         )
-        self._word = self._start + '{"index":0,"delta":{"content":'
         self._events = count() if include_events else None
         self._begun = False
         self._last = clock()  # when something was sent
+
+    @property
+    def _start(self) -> str:
+        """What all chunks begin with."""
+        return self._word.removesuffix(WORD)
 
     def tick(self, now: float) -> None:
         """Begin at last, or say that we are still here. To be called once a second."""

@@ -643,9 +643,10 @@ class Gateway:
             run = self.accept(house, target, call.message, call.messages, call.system, call.params, ids, caller=caller)
             x.run = run
             if call.stream:
-                unsent = c.transport.get_write_buffer_size
-                asked = (call.model, call.include_usage, call.include_events)
-                stream = chat_answers.EventStream(run.id, *asked, Stream(x).send, unsent, now)
+                send, unsent = Stream(x).send, c.transport.get_write_buffer_size
+                stream = chat_answers.EventStream(
+                    run.id, call.model, call.include_usage, call.include_events, send, unsent, now
+                )
                 c.on_tick = stream.tick
                 kind, data = await self.runs.drive(run, stream.take, c.drain)
                 full = stream.fail(chat.run_error(**data)) if kind == "error" else stream.end(data, run.usage)
