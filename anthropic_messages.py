@@ -34,6 +34,11 @@ def url_of(base: str) -> str:
     return (base or BASE_URL).rstrip("/").removesuffix("/v1") + "/v1/messages"
 
 
+def models_url_of(base: str) -> str:
+    """Where it lists its models, as many at once as the API gives."""
+    return (base or BASE_URL).rstrip("/").removesuffix("/v1") + "/v1/models?limit=1000"
+
+
 def fields_of(key: str) -> dict[str, str]:
     """The request's own fields."""
     return {"anthropic-version": VERSION} | ({"x-api-key": key} if key else {})

@@ -103,6 +103,7 @@ STOP_SECONDS = 5.0  # for what was cancelled to end
 GOODBYE_SECONDS = 2.0  # for WebSocket clients to answer a close
 
 ENDPOINTS = {"/v1/chat/completions": "chatCompletions", "/v1/models": "chatCompletions", "/metrics": "metrics"}
+DIALECTS = {"openai-completions": openai_completions, "anthropic-messages": anthropic_messages}
 GOING_DOWN = "The gateway is going down."
 REVOKED = "This token is no longer valid, or its rights have changed."
 
@@ -137,7 +138,7 @@ class House:
                     made[name] = self._provider(name, request)
                 self.providers[agent.id].append((name, rest, made[name]))
         models = [model for agent in config.agents.values() if agent.id not in agents for model in agent.models]
-        self.probe = probes.shared(partial(probes.probe_all, config.providers, models, request))
+        self.probe = probes.shared(partial(probes.probe_all, DIALECTS, config.providers, models, request))
 
     def _provider(self, name: str, request: Any) -> runs.Provider:
         provider = self.config.providers.get(name)
@@ -151,10 +152,8 @@ class House:
             raise ConfigError([f"models.providers.{name}.entry: {e}"]) from e
         if provider.api == "command":
             return commands.command(options, self.config.used_variables)
-        if provider.api == "openai-completions":
-            return model_server.provider(options, request, openai_completions)
-        if provider.api == "anthropic-messages":
-            return model_server.provider(options, request, anthropic_messages)
+        if provider.api in DIALECTS:
+            return model_server.provider(options, request, DIALECTS[provider.api])
         return providers.echo()
 
 
@@ -402,8 +401,9 @@ class Gateway:
 
     def _measure(self) -> None:
         """Begin to count, or go on, or stop, as the configuration says."""
-        fresh = self.metrics or metrics.Metrics(VERSION, self.created, chat.ERRORS)
-        self.metrics = self.runs.meter = fresh if self.house.config.metrics else None
+        wanted = self.house.config.metrics
+        meter = (self.metrics or metrics.Metrics(VERSION, self.created, chat.ERRORS)) if wanted else None
+        self.metrics = self.runs.meter = meter
 
     def _revoke(self, old: auth.Gate, gate: auth.Gate) -> None:
         """End what those do who may no longer what they could: their WebSockets, and the runs of named tokens."""
@@ -902,7 +902,8 @@ def _command_doctor(options: Namespace) -> int:
     raise_file_limit()
     room, store = room_for(config.max_connections), sessions.Store(config.store, 1)
     greet = partial(_ask, options, "health", {})
-    found = asyncio.run(_asking(partial(doctor.examine, config, secret, room, greet, store, probes.probe_all)))
+    probe_all = partial(probes.probe_all, DIALECTS)
+    found = asyncio.run(_asking(partial(doctor.examine, config, secret, room, greet, store, probe_all)))
     return cli.print_findings(found, options.json)
 
 
@@ -912,7 +913,7 @@ def _command_init(options: Namespace) -> None:
     reading.problems += starter.problems(os.environ)
     if reading.problems:
         raise ConfigError(reading.problems)
-    offers = asyncio.run(_asking(partial(starter.offers, os.environ)))
+    offers = asyncio.run(_asking(partial(starter.offers, DIALECTS, os.environ)))
     offer = offers[0 if options.yes else cli.choose("What shall answer?", offers)]
     port = next((port for port in starter.PORTS if not doctor.unbound("127.0.0.1", port)), configuration.DEFAULT_PORT)
     starter.write(path, starter.text(offer, auth.new_token(), port))

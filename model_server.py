@@ -7,7 +7,7 @@ import errno
 import json
 import logging
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import suppress
 from functools import partial
 from typing import Any, Protocol, TypeVar
@@ -50,7 +50,7 @@ class Response(Protocol):
 
     async def read(self, limit: int) -> bytes: ...
 
-    def events(self) -> AsyncIterator[str]: ...
+    def events(self) -> AsyncGenerator[str, None]: ...
 
     def close(self) -> None: ...  # ends what is being read, too
 
@@ -226,15 +226,6 @@ async def until(deadline: float | None, work: Awaitable[Result]) -> Result:
         return await work
 
 
-async def close(items: AsyncIterator[Any] | None) -> None:
-    """Closes an async generator; what it raises then is only logged."""
-    if (aclose := getattr(items, "aclose", None)) is not None:
-        try:
-            await aclose()
-        except Exception:
-            log.exception("an agent's generator failed while it was closed")
-
-
 class Asked:
     """A turn's request, and its response; `seconds` for both, None for any, and `retry`, which says how often."""
 
@@ -245,7 +236,7 @@ class Asked:
         self.begun = self.loop.time()
         self.deadline = None if seconds is None else self.begun + seconds
         self.response: Response | None = None
-        self.events: AsyncIterator[str] | None = None  # of an answer that is streamed
+        self.events: AsyncGenerator[str, None] | None = None  # of an answer that is streamed
         self.timer: asyncio.TimerHandle | None = None
 
     async def open(self, work: Awaitable[Response], secrets: list[str]) -> str:
@@ -372,5 +363,5 @@ class _Server:
             finally:
                 asked.close()
                 if asked.events is not None:
-                    await close(asked.events)
+                    await asked.events.aclose()
             await asked.wait(failure)

@@ -23,6 +23,11 @@ def url_of(base: str) -> str:
     return base.rstrip("/") + "/chat/completions"
 
 
+def models_url_of(base: str) -> str:
+    """Where it lists its models."""
+    return base.rstrip("/") + "/models"
+
+
 def fields_of(key: str) -> dict[str, str]:
     """The request's own fields."""
     return {"authorization": f"Bearer {key}"} if key else {}

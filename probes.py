@@ -33,6 +33,13 @@ if TYPE_CHECKING:
         @property
         def options(self) -> dict[str, Any]: ...
 
+    class Dialect(Protocol):
+        """How a model server's API looks."""
+
+        def models_url_of(self, base: str) -> str: ...
+
+        def fields_of(self, key: str) -> dict[str, str]: ...
+
     Request = Callable[[str, str, list[tuple[str, str]], bytes], Awaitable[Response]]
 
 
@@ -43,17 +50,24 @@ class Finding(NamedTuple):
 
 
 async def probe(
-    api: str, options: dict[str, Any], models: Sequence[str], request: Request, *, seconds: float = SECONDS
+    dialects: Mapping[str, Dialect],
+    api: str,
+    options: dict[str, Any],
+    models: Sequence[str],
+    request: Request,
+    *,
+    seconds: float = SECONDS,
 ) -> Finding:
     """Return what is found where a provider of the configuration points; `models` are those that agents use of it.
 
-    No prompt is sent: a model server is asked for its list of models. `request(method, url, fields, body)` does that.
+    No prompt is sent: a model server is asked for its list of models. `request(method, url, fields, body)` does that,
+    and `dialects`, by the `api` of a model server, say how it is asked.
     """
     if api == "command":
         return _program(options)
-    if api not in ADDRESSES:
+    if api not in dialects:
         return Finding(True, "part of the gateway", ())
-    url, fields = _question(api, options)
+    url, fields = _question(dialects[api], options)
     try:
         async with asyncio.timeout(seconds):
             response = await request("GET", url, fields, b"")
@@ -70,14 +84,19 @@ async def probe(
 
 
 async def probe_all(
-    providers: Mapping[str, Provider], models: Iterable[str], request: Request, *, seconds: float = SECONDS
+    dialects: Mapping[str, Dialect],
+    providers: Mapping[str, Provider],
+    models: Iterable[str],
+    request: Request,
+    *,
+    seconds: float = SECONDS,
 ) -> dict[str, Finding]:
     """Return what is found, by name, of the providers of these models ("provider/model"), all asked at once."""
     used: dict[str, list[str]] = {}
     for name, _, model in (model.partition("/") for model in models):
         used.setdefault(name, []).append(model)
     known = {name: providers[name] for name in used if name in providers}
-    each = (probe(it.api, it.options, used[name], request, seconds=seconds) for name, it in known.items())
+    each = (probe(dialects, it.api, it.options, used[name], request, seconds=seconds) for name, it in known.items())
     found = dict(zip(known, await asyncio.gather(*each), strict=True))
     return {name: found.get(name, Finding(False, "not configured", ())) for name in used}
 
@@ -97,25 +116,11 @@ def shared(look: Callable[[], Awaitable[dict[str, Finding]]]) -> Callable[[], Aw
     return asked
 
 
-def _openai(options: dict[str, Any]) -> tuple[str, dict[str, str]]:
-    key = options.get("apiKey")
-    return f"{options['baseUrl'].rstrip('/')}/models", {"authorization": f"Bearer {key}"} if key else {}
-
-
-def _anthropic(options: dict[str, Any]) -> tuple[str, dict[str, str]]:
-    base = (options.get("baseUrl") or "https://api.anthropic.com").rstrip("/").removesuffix("/v1")
-    key = options.get("apiKey")
-    return f"{base}/v1/models?limit=1000", {"anthropic-version": "2023-06-01"} | ({"x-api-key": key} if key else {})
-
-
-ADDRESSES = {"openai-completions": _openai, "anthropic-messages": _anthropic}
-
-
-def _question(api: str, options: dict[str, Any]) -> tuple[str, list[tuple[str, str]]]:
+def _question(dialect: Dialect, options: dict[str, Any]) -> tuple[str, list[tuple[str, str]]]:
     """The address that lists the models, and the request's fields; those of the configuration win."""
-    url, fields = ADDRESSES[api](options)
-    own = {name.lower(): value for name, value in (options.get("headers") or {}).items()}
-    return url, list(({"accept": "application/json"} | fields | own).items())
+    fields = {"accept": "application/json"} | dialect.fields_of(options.get("apiKey") or "")
+    fields |= {name.lower(): value for name, value in (options.get("headers") or {}).items()}
+    return dialect.models_url_of(options.get("baseUrl") or ""), list(fields.items())
 
 
 def _ids(body: bytes) -> set[str] | None:

@@ -37,6 +37,13 @@ if TYPE_CHECKING:
 
         def close(self) -> None: ...
 
+    class Dialect(Protocol):
+        """How a model server's API looks."""
+
+        def models_url_of(self, base: str) -> str: ...
+
+        def fields_of(self, key: str) -> dict[str, str]: ...
+
     Request = Callable[[str, str, list[tuple[str, str]], bytes], Awaitable[Response]]
 
 
@@ -65,31 +72,31 @@ def problems(environ: Mapping[str, str]) -> list[str]:
     return ["OPENAI_BASE_URL: must be an address such as http://127.0.0.1:8000/v1: set it so, or unset it"]
 
 
-async def offers(environ: Mapping[str, str], request: Request) -> list[Offer]:
-    """What this machine and the environment have to offer, the best first and echo last."""
+async def offers(dialects: Mapping[str, Dialect], environ: Mapping[str, str], request: Request) -> list[Offer]:
+    """What this machine and the environment have to offer, the best first and echo last; each `api` has its dialect."""
+
+    def models(place: Offer, key: str, seconds: float) -> Awaitable[list[Offer]]:
+        return _models(place, dialects[place.api], key, request, seconds)
+
     openai, anthropic = environ.get("OPENAI_API_KEY", ""), environ.get("ANTHROPIC_API_KEY", "")
-    places = [_models(Offer(name, "", "openai-completions", base), "", request, LOCAL_SECONDS) for name, base in LOCAL]
+    places = [models(Offer(name, "", "openai-completions", base), "", LOCAL_SECONDS) for name, base in LOCAL]
     base = environ.get("OPENAI_BASE_URL", "").rstrip("/") or OPENAI * bool(openai)
     if re.fullmatch(BASE, base) and base not in dict(LOCAL).values():
         place = Offer("openai", "", "openai-completions", base, "OPENAI_API_KEY" * bool(openai))
-        places.append(_models(place, openai, request, REMOTE_SECONDS))
+        places.append(models(place, openai, REMOTE_SECONDS))
     if anthropic:
         place = Offer("anthropic", "", "anthropic-messages", ANTHROPIC, "ANTHROPIC_API_KEY")
-        places.append(_models(place, anthropic, request, REMOTE_SECONDS))
+        places.append(models(place, anthropic, REMOTE_SECONDS))
     return [offer for found in await asyncio.gather(*places) for offer in found] + [ECHO]
 
 
-async def _models(place: Offer, key: str, request: Request, seconds: float) -> list[Offer]:
+async def _models(place: Offer, dialect: Dialect, key: str, request: Request, seconds: float) -> list[Offer]:
     """One offer for each of the first models that the server lists; [] where it refuses or nothing answers."""
-    fields = [("accept", "application/json")]
-    if place.api == "anthropic-messages":
-        fields += [("anthropic-version", "2023-06-01"), ("x-api-key", key)]
-    elif key:
-        fields.append(("authorization", f"Bearer {key}"))
+    fields = [("accept", "application/json"), *dialect.fields_of(key).items()]
     usual = USUAL.get(place.base)
     try:
         async with asyncio.timeout(seconds):
-            response = await request("GET", f"{place.base}/models", fields, b"")
+            response = await request("GET", dialect.models_url_of(place.base), fields, b"")
             try:
                 listed = json.loads(await response.read(MAX_LIST)) if response.status == 200 else {"data": []}
             finally:

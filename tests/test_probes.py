@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import pytest
 
 import probes
+from gateway import DIALECTS
 from probes import Finding, probe, probe_all, shared
 
 KEY = "sk-very-secret-key"
@@ -55,7 +56,7 @@ class Server:
 
 
 def found(server, models=(), api="openai-completions", options=BASE):
-    finding = asyncio.run(probe(api, options, models, server.request))
+    finding = asyncio.run(probe(DIALECTS, api, options, models, server.request))
     assert server.open == 0
     assert KEY not in finding.what
     return finding
@@ -92,7 +93,7 @@ def test_a_server_that_says_nothing_has_its_time():
     async def request(*args):
         await asyncio.get_running_loop().create_future()
 
-    finding = asyncio.run(probe("openai-completions", BASE, (), request, seconds=0.01))
+    finding = asyncio.run(probe(DIALECTS, "openai-completions", BASE, (), request, seconds=0.01))
     assert finding == Finding(False, "gives no answer within 0.01 seconds", ())
 
 
@@ -141,7 +142,7 @@ def test_programs(tmp_path):
         (command | {"command": "tool", "env": {"PATH": str(tmp_path)}}, Finding(True, "its program is there", ())),
         (command | {"cwd": str(tmp_path / "gone")}, Finding(False, folder, ())),
     ):
-        assert asyncio.run(probe("command", options, ("x",), Server().request)) == expected, options
+        assert asyncio.run(probe(DIALECTS, "command", options, ("x",), Server().request)) == expected, options
 
 
 @pytest.mark.parametrize("api", ["echo", "python"])
@@ -177,7 +178,7 @@ def test_all_are_asked_at_once():
             return await asyncio.get_running_loop().create_future()
 
         async with asyncio.timeout(10):
-            return await probe_all(providers, models, request, seconds=0.05)
+            return await probe_all(DIALECTS, providers, models, request, seconds=0.05)
 
     assert asyncio.run(main()) == {
         "there": Finding(True, "reachable, but it lists no qwen", ("qwen",)),

@@ -53,7 +53,7 @@ class Machine:
 
     async def request(self, method: str, url: str, fields: Fields, body: bytes) -> Answer:
         assert (method, body) == ("GET", b"")
-        base = url.removesuffix("/models")
+        base = url.removesuffix("?limit=1000").removesuffix("/models")
         self.asked[base] = fields
         if base not in self.servers:
             raise ConnectionRefusedError
@@ -62,7 +62,7 @@ class Machine:
 
 def found(servers: dict[str, Answer], **environ: str) -> list[str]:
     machine = Machine(servers)
-    offers = run(starter.offers(environ, machine.request))
+    offers = run(starter.offers(gateway.DIALECTS, environ, machine.request))
     assert set(machine.asked) >= {OLLAMA, LMSTUDIO, LLAMACPP}
     assert all(answer.closed for base, answer in servers.items() if base in machine.asked)
     assert offers[-1] == starter.ECHO
@@ -109,7 +109,7 @@ def test_what_is_offered(servers: dict[str, Answer], environ: dict[str, str], ex
 
 def test_a_key_goes_to_its_own_server_alone() -> None:
     machine = Machine({})
-    run(starter.offers({"OPENAI_API_KEY": "sk-o", "ANTHROPIC_API_KEY": "sk-a"}, machine.request))
+    run(starter.offers(gateway.DIALECTS, {"OPENAI_API_KEY": "sk-o", "ANTHROPIC_API_KEY": "sk-a"}, machine.request))
     keys = {base: [value for _, value in fields if "sk-" in value] for base, fields in machine.asked.items()}
     assert {base: sent for base, sent in keys.items() if sent} == {
         starter.OPENAI: ["Bearer sk-o"],
@@ -127,7 +127,7 @@ def test_servers_that_hang_are_asked_side_by_side(monkeypatch: pytest.MonkeyPatc
         raise AssertionError
 
     async def main() -> None:
-        assert await within(starter.offers({}, request)) == [starter.ECHO]
+        assert await within(starter.offers(gateway.DIALECTS, {}, request)) == [starter.ECHO]
 
     run(main())
     assert waiting == [f"{base}/models" for _, base in starter.LOCAL]
