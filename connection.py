@@ -47,6 +47,19 @@ def fast_loop() -> Callable[[], asyncio.AbstractEventLoop] | None:
     return factory
 
 
+async def stop_listening(server: asyncio.Server) -> None:
+    """Close the server once what it has accepted is made: asyncio attaches no transport to a closed one.
+
+    Else the connection is left to the collector, with a traceback in the log (python/cpython#109564).
+    """
+    loop = asyncio.get_running_loop()
+    for sock in server.sockets:
+        loop.remove_reader(sock)
+    for _ in ("its transport is made", "and tells its protocol"):
+        await asyncio.sleep(0)
+    server.close()
+
+
 class Connection(asyncio.StreamReaderProtocol):
     """A StreamReader and a transport, without a task while idle: the first byte of a request starts `serve`.
 

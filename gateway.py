@@ -53,7 +53,7 @@ if TYPE_CHECKING or not __package__:  # a checkout: the files lie beside this on
     import webchat
     from chat_completions import APIError
     from config import Config, ConfigError
-    from connection import FOREVER, Connection, fast_loop, now, raise_file_limit, room_for
+    from connection import FOREVER, Connection, fast_loop, now, raise_file_limit, room_for, stop_listening
     from exchange import Exchange, Stream
     from http1 import HTTPError
 else:  # installed or vendored: they are modules of this package
@@ -92,7 +92,7 @@ else:  # installed or vendored: they are modules of this package
     from . import config as configuration
     from .chat_completions import APIError
     from .config import Config, ConfigError
-    from .connection import FOREVER, Connection, fast_loop, now, raise_file_limit, room_for
+    from .connection import FOREVER, Connection, fast_loop, now, raise_file_limit, room_for, stop_listening
     from .exchange import Exchange, Stream
     from .http1 import HTTPError
 
@@ -342,7 +342,7 @@ class Gateway:
         while (busy := self._busy()) and (left := until - now()) > 0:
             await asyncio.wait(busy, timeout=left)
         if self._server is not None:
-            self._server.close()
+            await stop_listening(self._server)
         self._cut()
         if busy := self._busy():
             await asyncio.wait(busy, timeout=STOP_SECONDS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import socket
 from collections.abc import AsyncIterator
@@ -1009,6 +1010,27 @@ def test_an_echo_has_neither_tools_nor_eyes(agent: dict[str, Any], said: str) ->
             pass
 
     run(main())
+
+
+@pytest.mark.parametrize("turns", range(6))
+def test_a_connection_that_comes_as_nobody_listens_any_more(turns: int) -> None:
+    """asyncio attaches it to the server in a later turn of the loop than the one that accepts it: not to a closed one.
+
+    Else it logs a traceback, and the connection is left to the collector (python/cpython#109564).
+    """
+    wrong: list[object] = []
+
+    async def main() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: wrong.append(context))
+        async with serving() as hub:
+            with socket.create_connection(("127.0.0.1", hub.port)):
+                for _ in range(turns):
+                    await asyncio.sleep(0)
+                await hub.stop(0)
+
+    run(main())
+    gc.collect()
+    assert not wrong
 
 
 def test_a_request_that_comes_as_all_is_cut_is_told() -> None:
