@@ -69,8 +69,8 @@ class Connection(asyncio.StreamReaderProtocol):
 
     __slots__ = (  # ten thousand of them may be idle
         "_behind", "_connections", "_eof", "_leaving", "_loop_", "_lost", "_room", "_serve", "_unsent", "_watching",
-        "_write_seconds", "_writer", "deadline", "expired", "gone", "on_tick", "peer", "reader", "surplus", "task",
-        "transport",
+        "_write_seconds", "_writer", "deadline", "expired", "full", "gone", "on_tick", "peer", "reader", "surplus",
+        "task", "transport",
     )  # fmt: skip
 
     def __init__(
@@ -89,6 +89,7 @@ class Connection(asyncio.StreamReaderProtocol):
         self._drain_waiters: list[Any] = []  # asyncio's deque takes 700 bytes, also of an idle connection
         self.deadline = now() + first_seconds
         self.gone = False  # the client has left: nobody reads an answer
+        self.full = False  # too much is unsent: `drain` before the next
         self.expired = False  # the deadline has cancelled the task that serves
         self.on_tick: Callable[[float], None] | None = None  # called once a second while a stream is on
         self.task: asyncio.Task[None] | None = None
@@ -149,6 +150,14 @@ class Connection(asyncio.StreamReaderProtocol):
         if self.task is None:
             self._connections.discard(self)  # else when its task has ended
 
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self.full = True
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self.full = False
+
     # the server's side
 
     @property
@@ -203,11 +212,6 @@ class Connection(asyncio.StreamReaderProtocol):
             self.gone = True
             if self._watching and self.task is not None:
                 self.task.cancel()
-
-    @property
-    def full(self) -> bool:
-        """Whether too much is unsent: `drain` before the next."""
-        return self.transport.get_write_buffer_size() > HIGH_WATER
 
     def write(self, data: bytes) -> bool:
         """Send `data`, and return whether the connection is full."""
