@@ -9,6 +9,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any, cast
 
 HIGH_WATER = 64 * 1024  # bytes unsent before a writer waits; asyncio's own default
+READ_SIZE = 64 * 1024  # bytes that one read takes at most
 MAX_BEHIND = 64 * 1024  # bytes that a client may send behind a running request
 MAX_BUFFERED = 512 * 1024  # bytes of them and of what came before it, unread
 SPARE = 32  # connections beyond the room for them, so that they can be told
@@ -115,6 +116,8 @@ class Connection(asyncio.StreamReaderProtocol):
         super().connection_made(transport)
         self.transport = cast(asyncio.Transport, transport)
         self.transport.set_write_buffer_limits(HIGH_WATER)
+        if hasattr(transport, "max_size"):  # of one read; asyncio's 256 KiB some allocators map and unmap at each
+            transport.max_size = READ_SIZE
         name = transport.get_extra_info("peername")
         self.peer = str(name[0]) if isinstance(name, tuple) else ""  # the address of the other end, without its port
         self._connections.add(self)

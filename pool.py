@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 if TYPE_CHECKING:
     import ssl
 
+READ_SIZE = 64 * 1024  # bytes that one read takes at most; some allocators map and unmap asyncio's 256 KiB at each
 MAX_IDLE = 32  # connections kept for reuse, per origin
 IDLE_SECONDS = 4.0  # below the five after which uvicorn and node close theirs
 CONNECT_SECONDS = 10.0
@@ -82,6 +83,8 @@ class Pool(Generic[Answer]):
                 reader, writer = await asyncio.open_connection(host, port, ssl=tls)
         except TimeoutError:
             raise ConnectionRefusedError("connecting took too long") from None  # nothing was sent
+        if hasattr(writer.transport, "max_size"):  # of one read
+            writer.transport.max_size = READ_SIZE
         link = _Link(origin, reader, writer)
         self._busy.add(link)
         return link

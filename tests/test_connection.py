@@ -464,6 +464,29 @@ def test_a_flood_behind_a_run_is_dropped() -> None:
     run(serve, work)
 
 
+def test_one_read_takes_no_more_than_an_allocator_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    take = Connection.data_received
+
+    def seen(c: Connection, data: bytes) -> None:
+        sizes.append(len(data))
+        take(c, data)
+
+    monkeypatch.setattr(Connection, "data_received", seen)
+
+    async def work(house: House) -> None:
+        sock, c = await house.client()
+        if not hasattr(c.transport, "max_size"):
+            pytest.skip("uvloop reads into a buffer of its own")
+        data = b"x" * 300_000 + b"\n"
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 * len(data))
+        await send(sock, data)
+        assert await receive(sock, len(data)) == data
+
+    run(echo, work, limit=400_000)
+    assert max(sizes) <= connection.READ_SIZE
+
+
 def test_a_reader_that_paused_is_not_blind() -> None:
     async def serve(c: Connection) -> bool:
         await c.reader.readexactly(3)

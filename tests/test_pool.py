@@ -165,6 +165,25 @@ def test_sweep_drops_what_its_server_ended() -> None:
     serve([(HI, CLOSE)], work)
 
 
+def test_one_read_takes_no_more_than_an_allocator_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    body = b"x" * 1_000_000
+    sizes: list[int] = []
+    take = asyncio.StreamReaderProtocol.data_received
+
+    def seen(protocol: asyncio.StreamReaderProtocol, data: bytes) -> None:
+        sizes.append(len(data))
+        take(protocol, data)
+
+    async def work(server: Server, pool: Pool) -> None:
+        assert (await fetch(server, pool))[1] == body
+        if not hasattr(server.writers[0].transport, "max_size"):
+            pytest.skip("uvloop reads into a buffer of its own")
+        assert max(sizes) <= module.READ_SIZE
+
+    monkeypatch.setattr(asyncio.StreamReaderProtocol, "data_received", seen)
+    serve([OK + b"Content-Length: %d\r\n\r\n%b" % (len(body), body)], work)
+
+
 def test_many_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MAX_IDLE", 2)
 
