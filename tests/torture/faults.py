@@ -25,7 +25,7 @@ import gateway
 import pool
 import rfc6455
 import runs
-from live import Answer, Client, ask, data_of, serving, stream, text_of, within
+from live import BOUND, Answer, Client, ask, data_of, serving, stream, text_of, within
 from peer import params_of
 from upstream import Call, Upstream, answers, sends
 
@@ -95,6 +95,8 @@ async def watching(hub: gateway.Gateway) -> AsyncIterator[None]:
         nonlocal gone, websocket
         while not over:  # in a flood it may be too slow, as this process has much to do: then it comes again
             websocket = await within(rfc6455.connect("127.0.0.1", hub.port, max_message=64 * 1024 * 1024))
+            if over:  # while it came again
+                websocket.close()
             await websocket.send(json.dumps({"type": "req", "id": "c", "method": "connect", "params": params_of()}))
             while (text := await websocket.receive()) is not None:
                 payload = json.loads(text, parse_constant=_no_json).get("payload", {})
@@ -118,7 +120,7 @@ async def watching(hub: gateway.Gateway) -> AsyncIterator[None]:
         over = True
         assert websocket is not None
         websocket.close()
-        await within(asyncio.wait([listening]))
+        await within(asyncio.wait([listening]), 3 * BOUND)
         websocket.abort()
     listening.result()
 
