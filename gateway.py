@@ -10,7 +10,7 @@ import signal
 import sys
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 if TYPE_CHECKING:
@@ -768,18 +768,22 @@ def _load(options: Namespace) -> Config:
 
 def _command_gateway(options: Namespace) -> None:
     config = _load(options)
-    logs.set_logging(config.log_level, config.log_format)
-    for warning in config.warnings:
-        log.warning("%s", warning)
     raise_file_limit()
     with asyncio.Runner(loop_factory=fast_loop()) as runner:
         runner.run(_serve(config, options))
 
 
 async def _serve(config: Config, options: Namespace) -> None:
+    access_log = lru_cache(logs.access_log)  # one of each form, however often the configuration is read
+
+    def tell(config: Config) -> None:
+        logs.set_logging(config.log_level, config.log_format)
+        for warning in config.warnings:
+            log.warning("%s", warning)
+        gateway.access_log = access_log(config.log_format) if config.log_level in ("info", "debug") else None
+
     gateway = Gateway(config)
-    if config.log_level in ("info", "debug"):
-        gateway.access_log = logs.access_log(config.log_format)
+    tell(config)
     loop, signalled = asyncio.get_running_loop(), asyncio.Event()
 
     def stop() -> None:
@@ -789,7 +793,9 @@ async def _serve(config: Config, options: Namespace) -> None:
 
     def reload() -> None:
         try:
-            gateway.reload(_load(options))
+            config = _load(options)
+            gateway.reload(config)
+            tell(config)
             log.info("the configuration was read again")
         except ConfigError as e:
             for problem in e.problems:
@@ -808,8 +814,9 @@ async def _serve(config: Config, options: Namespace) -> None:
     if (loops := type(loop).__module__.partition(".")[0]) != "asyncio":
         log.info("on the event loop of %s", loops)
     await signalled.wait()
-    log.info("going down; what runs has %g seconds", config.drain_seconds)
-    await gateway.stop(config.drain_seconds)
+    patience = gateway.house.config.drain_seconds
+    log.info("going down; what runs has %g seconds", patience)
+    await gateway.stop(patience)
 
 
 def _command_agent(options: Namespace) -> int:
@@ -824,6 +831,7 @@ async def _run_here(config: Config, options: Namespace) -> int:
     house, directory = gateway.house, gateway.house.directories[""]
     try:
         await gateway.store.open()
+        gateway._sweep()  # the run's time is looked at; `stop` ends it
         agent = directory.agent(options.agent or config.default_agent)
         fields = {"x-copepod-session-key": options.session_key or f"agent:{agent}:main"}
         target = directory.resolve(f"agent:{agent}" if options.agent else "", "", fields, "")

@@ -227,6 +227,33 @@ def test_sighup_reads_the_configuration_again(tmp_path: Path) -> None:
     run(main())
 
 
+def test_sighup_holds_for_the_log_and_the_drain_too(tmp_path: Path) -> None:
+    async def main() -> None:
+        file = tmp_path / "copepod.json5"
+        async with (
+            Upstream() as upstream,
+            program(settings({**upstream.settings(), "logging.format": "text"}), tmp_path) as gateway,
+            await Client.open(gateway.port) as busy,
+        ):
+            changes = {"gateway.drainSeconds": 0.2, "logging.format": "json", "browser.enabled": True}
+            file.write_text(json.dumps(settings({**upstream.settings(), **changes})))
+            gateway.process.send_signal(signal.SIGHUP)
+            warning = json.loads(await gateway.logged("browser"))
+            assert warning["level"] == "warning"
+            async with await Client.open(gateway.port) as client:
+                id = (await client.ask("GET", "/healthz")).fields["x-request-id"]
+            assert json.loads(await gateway.logged(id))["status"] == 200
+            file.write_text(json.dumps(settings({**upstream.settings(), **changes, "logging.level": "error"})))
+            gateway.process.send_signal(signal.SIGHUP)
+            busy.say()
+            call = await upstream.call()
+            gateway.process.terminate()
+            await within(call.left.wait())
+            assert await gateway.ended() == 0
+
+    run(main())
+
+
 @pytest.mark.parametrize("form", ["text", "json"])
 def test_log(form: str, tmp_path: Path) -> None:
     """A line for each answer, with its request's id; no secret, nothing of what was said."""
@@ -364,6 +391,16 @@ def test_agent(tmp_path: Path) -> None:
     assert payload["result"]["meta"]["agentMeta"]["sessionId"]
     again = json.loads(finished("agent", "--local", "--message", "hi", "--json", cwd=tmp_path).stdout)
     assert again["result"]["meta"]["agentMeta"]["sessionId"] == payload["result"]["meta"]["agentMeta"]["sessionId"]
+
+
+def test_an_agent_in_this_process_has_its_time_too(tmp_path: Path) -> None:
+    code = "import asyncio\nasync def reply(message):\n    yield 'begun'\n    await asyncio.Event().wait()\n"
+    (tmp_path / "hangs.py").write_text(code)
+    hangs = {"models.providers.h": {"api": "python", "entry": "hangs:reply"}, "agents.defaults.model": "h/x"}
+    (tmp_path / "copepod.json5").write_text(json.dumps(settings(hangs)))
+    done = finished("agent", "--local", "--message", "x", "--timeout", "0.1", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (1, "begun\n")
+    assert done.stderr == "copepod: error: The agent took too long.\n"
 
 
 def test_kill_loses_nothing_that_was_answered(tmp_path: Path) -> None:
