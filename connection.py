@@ -148,6 +148,8 @@ class Connection(asyncio.StreamReaderProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
+        if exc is not None:  # else the collector, which may look at this before us, would say that nobody took it
+            self._closed.exception()  # type: ignore[attr-defined]
         self._lost = True
         self._leave()
         if self.task is None:
