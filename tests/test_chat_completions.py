@@ -179,9 +179,9 @@ def test_escapes_take_linear_time() -> None:
     def seconds(body: bytes) -> float:
         best = 1e9
         for _ in range(3):
-            start = time.perf_counter()
+            start = time.process_time()
             chat.parse_json(body)
-            best = min(best, time.perf_counter() - start)
+            best = min(best, time.process_time() - start)
         return best
 
     size = 1_000_000

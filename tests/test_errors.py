@@ -189,8 +189,8 @@ def test_upstream_that_dies_behind_its_first_word(ending: str) -> None:
 @pytest.mark.parametrize("whose", ["agent", "provider"])
 def test_upstream_that_hangs(whose: str, streamed: bool) -> None:
     async def main() -> None:
-        limit = {"agents.defaults.timeoutSeconds": 0.1} if whose == "agent" else {}
-        more = {"timeoutSeconds": 0.1} if whose == "provider" else {}
+        limit = {"agents.defaults.timeoutSeconds": 0.5} if whose == "agent" else {}
+        more = {"timeoutSeconds": 0.5} if whose == "provider" else {}
         async with (
             Upstream() as upstream,
             serving({**upstream.settings(**more), **limit}) as hub,
@@ -209,7 +209,7 @@ def test_upstream_that_hangs_behind_its_first_word() -> None:
     async def main() -> None:
         async with (
             Upstream() as upstream,
-            serving({**upstream.settings(), "agents.defaults.timeoutSeconds": 0.2}) as hub,
+            serving({**upstream.settings(), "agents.defaults.timeoutSeconds": 0.5}) as hub,
             await Client.open(hub.port) as client,
         ):
             client.say("hi", stream=True)

@@ -859,13 +859,14 @@ def test_start_that_fails_leaves_nothing(tmp_path: Any) -> None:
         async with serving(store) as hub:  # nobody holds it
             assert (await ask(hub, user="ann")).text == "hi"
             with socket.socket() as free:
+                free.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # bound, so that nobody else takes it
                 free.bind(("127.0.0.1", 0))
                 port = free.getsockname()[1]
-            with pytest.raises(sessions.StoreError, match="in use"):
-                async with serving({"gateway.port": port, **store}):
-                    pass
-            with pytest.raises(ConnectionError):
-                await Client.open(port)
+                with pytest.raises(sessions.StoreError, match="in use"):
+                    async with serving({"gateway.port": port, **store}):
+                        pass
+                with pytest.raises(ConnectionError):
+                    await Client.open(port)
         with pytest.raises(config.ConfigError, match=r"gateway\.port"):
             async with serving({"gateway.port": "x"}):
                 pass

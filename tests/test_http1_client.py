@@ -368,9 +368,9 @@ def test_an_event_of_many_lines_takes_linear_time() -> None:
     async def work(server: Server, pool: Pool) -> None:
         spent = []
         for _ in range(2):
-            start = time.perf_counter()
+            start = time.process_time()
             await events_of(server, pool)
-            spent.append(time.perf_counter() - start)
+            spent.append(time.process_time() - start)
         assert spent[1] < 10 * spent[0] + 0.1
 
     line, count = b"data: x\n", 10_000

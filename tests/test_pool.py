@@ -6,7 +6,6 @@ import asyncio
 import shutil
 import ssl
 import subprocess
-import time
 from contextlib import aclosing
 from pathlib import Path
 from types import SimpleNamespace
@@ -218,12 +217,10 @@ def test_cancel_ends_the_connection(begun: bytes) -> None:
         await server.asked.wait()
         for _ in range(20):
             await asyncio.sleep(0)
-        start = time.monotonic()
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
         await server.ended.wait()
-        assert time.monotonic() - start < 2
         assert not pool._busy
 
     serve([begun], work)

@@ -435,12 +435,12 @@ def test_how_a_request_fails(deed: Deed, said: str) -> None:
 
 
 def test_a_silent_gateway_is_lost_and_one_that_pings_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote, "SILENT_SECONDS", 0.3)
+    monkeypatch.setattr(remote, "SILENT_SECONDS", 1.0)
 
     async def script(host: Host) -> None:
         await host.greet()
         await host.request()
-        for _ in range(10):
+        for _ in range(12):
             host.websocket.ping()
             await asyncio.sleep(0.1)
         await host.answer("late, and there")
@@ -450,7 +450,7 @@ def test_a_silent_gateway_is_lost_and_one_that_pings_is_not(monkeypatch: pytest.
         assert await there.request("m", {}) == "late, and there"
         await there.request("m", {})
 
-    assert error_of(script, use) == "ADDRESS has gone silent for 0.3 s: try again"
+    assert error_of(script, use) == "ADDRESS has gone silent for 1 s: try again"
 
 
 def test_a_run() -> None:

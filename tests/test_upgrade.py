@@ -693,14 +693,12 @@ def test_going_down_waits_for_no_run_for_ever() -> None:
 def test_going_down_waits_for_no_client_for_ever(stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """One that answers no close frame is dropped."""
     monkeypatch.setattr(rfc6455, "CLOSE_SECONDS", 0.1)
-    monkeypatch.setattr(gateway, "STOP_SECONDS", 0.5)
+    monkeypatch.setattr(gateway, "GOODBYE_SECONDS", 2 * BOUND)  # nothing else ends it within the bound
 
     async def main() -> None:
         async with serving() as hub, await Wire.open(hub.port) as client:
             await reach(client, stage)
-            started = time.monotonic()
             await within(hub.stop(0.1))
-            assert time.monotonic() - started < 3
 
     run(main())
 

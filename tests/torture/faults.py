@@ -556,15 +556,12 @@ def upstream_faults(n: int) -> Row:
         writer.write(b"HTTP/1.1 400 Bad Request\r\n\r\n")
         writer.close()
 
-    def config(port: int, plain_port: int, tls_port: int) -> dict[str, Any]:
+    def config(port: int, plain_port: int, tls_port: int, closed: int) -> dict[str, Any]:
         def provider(name: str) -> dict[str, Any]:
             seconds = 2 * TIMEOUT if faults[name].status == 504 else 10
             at = {"api": "openai-completions", "baseUrl": urls[name], "apiKey": "k"}
             return {**at, "timeoutSeconds": seconds, "retry": {"seconds": 1}}
 
-        with socket.socket() as sock:
-            sock.bind(("127.0.0.1", 0))
-            closed = sock.getsockname()[1]
         urls = dict.fromkeys(UPSTREAMS, f"http://127.0.0.1:{port}")
         urls |= {"nobody": f"http://127.0.0.1:{closed}", "no-tls": f"https://127.0.0.1:{plain_port}"}
         urls |= {"no-name": "http://no.such.name.invalid", "bad-tls": f"https://localhost:{tls_port}"}
@@ -580,6 +577,9 @@ def upstream_faults(n: int) -> Row:
                 server = await asyncio.start_server(plain, "127.0.0.1", 0, ssl=tls)
                 stack.callback(server.close)
                 ports.append(server.sockets[0].getsockname()[1])
+            nobody = stack.enter_context(socket.socket())  # bound and not listening: refused
+            nobody.bind(("127.0.0.1", 0))
+            ports.append(nobody.getsockname()[1])
             yield config(upstream.port, *ports)
             await until(lambda: not upstream.active, "the gateway has left every upstream")
 
