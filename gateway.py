@@ -318,16 +318,22 @@ class Gateway:
         config = self.house.config
         self._max_connections = room_for(config.max_connections)
         options = tls.listening(*config.tls, HEAD_SECONDS) if config.tls else {}
-        listening = asyncio.get_running_loop().create_server(
-            self._connection, config.bind, config.port, backlog=1024, start_serving=False, **options
-        )
+
+        async def listen() -> None:
+            self._server = await asyncio.get_running_loop().create_server(
+                self._connection, config.bind, config.port, backlog=1024, start_serving=False, **options
+            )
+
         opening = self.store.open()  # in its thread, while the socket is made in this one
-        server, opened = await asyncio.gather(listening, opening, return_exceptions=True)
-        self._server = None if isinstance(server, BaseException) else server
-        if isinstance(server, BaseException) or isinstance(opened, BaseException):
+        try:
+            for failure in await asyncio.gather(listen(), opening, return_exceptions=True):
+                if failure is not None:
+                    raise failure
+            server = cast(asyncio.Server, self._server)
+            await server.start_serving()
+        except BaseException:  # a start that is cancelled leaves nothing, either
             await self.stop(0)
-            raise server if isinstance(server, BaseException) else cast(BaseException, opened)
-        await server.start_serving()
+            raise
         self.port = server.sockets[0].getsockname()[1]
         self._sweep()
         self.ready = True

@@ -874,6 +874,24 @@ def test_start_that_fails_leaves_nothing(tmp_path: Any) -> None:
     run(main())
 
 
+@pytest.mark.parametrize("turns", range(8))
+def test_start_that_is_cancelled_leaves_nothing(turns: int, tmp_path: Any) -> None:
+    async def main() -> None:
+        config = settings({"session.store": str(tmp_path / "sessions.sqlite3")})
+        first = gateway.Gateway(config)
+        starting = asyncio.ensure_future(first.start())
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        starting.cancel()
+        with suppress(asyncio.CancelledError):
+            await starting
+            await first.stop(0)  # it was quicker
+        async with gateway.Gateway(config) as hub:  # nobody holds the store
+            assert (await ask(hub, user="ann")).text == "hi"
+
+    run(main())
+
+
 def test_reload() -> None:
     """The next request is served by the new configuration; what runs goes on by the old one."""
 
