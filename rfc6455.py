@@ -24,6 +24,7 @@ NO_CODE, ABNORMAL = 1005, 1006
 
 MAX_MESSAGE = 512 * 1024  # bytes in one message; the family's gateways announce the same
 MAX_BUFFERED = 3 * MAX_MESSAGE  # bytes a slow reader may leave with us; the family's, too
+MAX_LARGE = 4  # messages beyond it that may wait as well: a long answer is told in its words, and whole at its end
 CLOSE_SECONDS = 5.0  # how long a peer may take to answer our close; the `websockets` package takes 10
 CHUNK = 64 * 1024  # bytes taken from the stream at once; asyncio's own default limit
 AT_ONCE = 64  # frames read before the loop turns to the others: a millisecond or so of it, where each is a request
@@ -246,7 +247,8 @@ class WebSocket:
         self._reader, self._writer, self._transport = reader, writer, writer.transport
         self._max_message, self._max_buffered = max_message, max_buffered
         self.on_activity = on_activity
-        self._room = max_buffered  # with what a single large message of ours takes
+        self._room = max_buffered  # with what large messages of ours take, which a peer may have had no time to read
+        self._large = 0  # how many, since it had read nearly all
         self._unread = bytearray()
         self._frames = 0  # read so far
         self._dropper: asyncio.TimerHandle | None = None
@@ -300,9 +302,10 @@ class WebSocket:
             self.close(POLICY, "slow consumer")
             return
         if unsent <= self._max_buffered:
-            self._room = self._max_buffered
-        if len(frame) > self._max_buffered:  # not to be held against a peer that has had no time to read it
+            self._room, self._large = self._max_buffered, 0
+        if len(frame) > self._max_buffered and self._large < MAX_LARGE:
             self._room = unsent + len(frame) + self._max_buffered
+            self._large += 1
         self._transport.write(frame)
 
     def ping(self) -> None:

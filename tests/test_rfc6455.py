@@ -592,6 +592,24 @@ def test_slow_consumer_is_closed_1008() -> None:
     run(fan_out)
 
 
+def test_large_frames_that_nobody_reads_are_bounded() -> None:
+    async def post() -> None:
+        websocket, theirs = await pair()
+        large = bytes(2 * rfc6455.MAX_BUFFERED)
+        for _ in range(rfc6455.MAX_LARGE):
+            websocket.post(large)
+        websocket.post(b"an event")
+        assert not websocket.closed
+        for _ in range(4):
+            websocket.post(large)
+        assert websocket.sent_code == 1008
+        assert websocket._transport.get_write_buffer_size() < (rfc6455.MAX_LARGE + 2) * len(large)
+        theirs.close()
+        assert await websocket.receive() is None
+
+    run(post)
+
+
 def test_send_waits_for_a_slow_reader() -> None:
     async def send() -> None:
         websocket, theirs = await pair()
