@@ -823,6 +823,10 @@ async def _serve(config: Config, options: Namespace) -> None:
     patience = gateway.house.config.drain_seconds
     log.info("going down; what runs has %g seconds", patience)
     await gateway.stop(patience)
+    if gateway.runs.active:
+        log.error("%d runs outlive every cancellation of their agents: they are left", len(gateway.runs.active))
+        await asyncio.sleep(2 * logs.LOG_SECONDS)  # the last lines of the access log
+        os._exit(0)  # the loop's end would wait for them for ever
 
 
 def _command_agent(options: Namespace) -> int:

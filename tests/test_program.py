@@ -201,6 +201,25 @@ def test_the_drain_ends(tmp_path: Path) -> None:
     run(main())
 
 
+def test_an_agent_that_swallows_its_cancellation_does_not_outlive_the_drain(tmp_path: Path) -> None:
+    (tmp_path / "deaf.py").write_text(
+        "import asyncio\n\nasync def agent(message):\n    yield 'word'\n    while True:\n        try:\n"
+        "            await asyncio.sleep(60)\n        except asyncio.CancelledError:\n            pass\n"
+    )
+    provider = {"api": "python", "entry": "deaf:agent"}
+    config = {"models.providers.deaf": provider, "agents.defaults.model": "deaf/x", "gateway.drainSeconds": 0.2}
+
+    async def main() -> None:
+        async with program(settings(config), tmp_path) as gateway, await Client.open(gateway.port) as busy:
+            busy.say(stream=True)
+            await within(busy.head())
+            gateway.process.terminate()
+            await gateway.logged("1 runs outlive every cancellation")
+            assert await gateway.ended() == 0
+
+    run(main())
+
+
 def test_sighup_reads_the_configuration_again(tmp_path: Path) -> None:
     async def main() -> None:
         file = tmp_path / "copepod.json5"
