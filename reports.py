@@ -95,13 +95,13 @@ if TYPE_CHECKING:
 
 
 def shown(messages: list[Dict]) -> list[Dict]:
-    """Return stored messages in the protocol's shape, the oldest left out beyond MAX_HISTORY bytes."""
-    room, kept = MAX_HISTORY, []
+    """Return stored messages in the protocol's shape, older ones left out beyond MAX_HISTORY bytes, never the last."""
+    room, kept = MAX_HISTORY, Dicts()
     for message in reversed(messages):
         content = [{"type": "text", "text": message["content"] or ""}]
         entry = {"role": message["role"], "content": content, "timestamp": message["timestamp"]}
         room -= len(encode(entry))
-        if room < 0:
+        if room < 0 and kept:
             break
         kept.append(entry)
     return kept[::-1]

@@ -118,6 +118,21 @@ def test_a_preview_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     run(main())
 
 
+def test_a_history_has_its_last_message_however_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No `chat` event has had it: without it, the whole conversation would seem to be gone."""
+    monkeypatch.setattr(reports, "MAX_HISTORY", 1000)
+
+    async def main() -> None:
+        async with serving({}, {"main": parrot}) as hub, connected(hub) as peer:
+            for key, message in (("a", "short"), ("b", "x" * 2000), ("c", "y" * 200)):
+                await peer.agent(message, key, sessionKey="main")
+                messages = (await peer.ask("chat.history", sessionKey="main"))["messages"]
+                assert messages[-1]["content"][0]["text"] == message
+            assert len(messages) == 2
+
+    run(main())
+
+
 def test_a_store_that_fails_keeps_nobody_out(caplog: pytest.LogCaptureFixture) -> None:
     async def main() -> None:
         async with serving({}, {"main": parrot}) as hub:
