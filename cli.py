@@ -139,12 +139,15 @@ def run(
     text), and returns the status, None for 0. An exception of `expected` is printed line by line as an error (1), any
     other passes; wrong usage is 2.
     """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # it was closed
+            setattr(sys, name, open(os.open(os.devnull, os.O_WRONLY), "w", closefd=False))  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):  # what the terminal cannot show must not end the answer
         sys.stdout.reconfigure(errors="replace")
     try:
         options = _parse(argv, version)
         status = commands[options.command](options)
-        print(end="", flush=True)  # not of sys.stdout, which is None where it was closed
+        sys.stdout.flush()
         return status or 0
     except SystemExit as done:  # argparse has printed --help or --version
         return int(done.code or 0)

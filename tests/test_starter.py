@@ -315,24 +315,23 @@ def test_without_a_terminal_it_asks_nobody(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("closed", "argv", "status", "said"),
     [
-        ("stdin", ["init"], 2, "type --yes"),
-        ("stdin", ["agent", "--message", "-"], 2, "the message is empty"),
-        ("stdout", ["config", "check"], 0, ""),
+        ("<&-", ["init"], 2, "type --yes"),
+        ("<&-", ["agent", "--message", "-"], 2, "the message is empty"),
+        (">&-", ["config", "check"], 0, ""),
+        (">&-", ["agent", "--local", "--message", "hi"], 0, ""),
+        (">&-", ["doctor", "--set", "gateway.port=0"], 0, ""),
+        ("2>&-", ["agent", "--local", "--message", "hi"], 0, "hi\n"),
+        ("2>&-", ["nonsense"], 2, ""),
+        (">&- 2>&-", ["doctor", "--set", "gateway.port=-1"], 1, ""),
     ],
 )
-def test_what_a_program_may_have_closed(
-    closed: str,
-    argv: list[str],
-    status: int,
-    said: str,
-    bare: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_what_a_program_may_have_closed(closed: str, argv: list[str], status: int, said: str, tmp_path: Path) -> None:
     """Some schedulers start theirs so, and Python has None there."""
-    monkeypatch.setattr(sys, closed, None)
-    assert gateway.main(argv) == status
-    assert said in capsys.readouterr().err
+    command = ["sh", "-c", f'exec "$@" {closed}', "sh", *PROGRAM, *argv]
+    environ = {**os.environ, "HOME": str(tmp_path)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=20, env=environ, cwd=tmp_path, check=False)
+    assert done.returncode == status, done.stderr
+    assert said in done.stdout + done.stderr if said else done.stdout + done.stderr == ""
 
 
 @pytest.mark.parametrize("base", ["localhost:8000/v1", "http://user:hunter2@h/v1", "ftp://h", 'http://h/"'])
