@@ -149,7 +149,12 @@ def write(path: str, content: str) -> None:
     """Make the file, for this user alone (0600), and its folder (0700). OSError: it cannot be made, or is there."""
     try:
         os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
-        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
-            file.write(content)
+        number = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        try:
+            with open(number, "w", encoding="utf-8") as file:
+                file.write(content)
+        except OSError:
+            os.unlink(path)  # a part of it would be in the way of the next try
+            raise
     except OSError as error:
         raise OSError(f"{path} cannot be made ({error.strerror}): name another place with --config") from None

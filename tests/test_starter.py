@@ -7,6 +7,7 @@ import json
 import os
 import pty
 import re
+import resource
 import shlex
 import shutil
 import socket
@@ -174,6 +175,20 @@ def test_what_is_there_is_never_overwritten(tmp_path: Path) -> None:
             starter.write(str(place), "other")
         assert str(place) in str(caught.value)
     assert path.read_text() == "mine"
+
+
+def test_a_full_disk_leaves_no_part_of_it(tmp_path: Path) -> None:
+    """It would be in the way of the next try. A limit on the size of files stands for the disk."""
+    path, before = tmp_path / "file", resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, before[1]))  # Python ignores the signal, and gets EFBIG
+    try:
+        with pytest.raises(OSError, match="cannot be made"):
+            starter.write(str(path), "more than that")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not path.exists()
+    starter.write(str(path), "all of it")
+    assert path.read_text() == "all of it"
 
 
 # --- the program
