@@ -141,7 +141,7 @@ class Settings:
         if os.path.lexists(LOCAL_FILE):
             self.warnings.append(f"./{LOCAL_FILE} is not read, as others may write it: name it with --config")
         home = self.path(HOME_FILE)
-        return home if os.path.exists(home) else None
+        return home if os.path.lexists(home) else None
 
     def vacant(self, path: str | None) -> str:
         """Return where a first file goes, by default where `find` looks for it; one that is there is a problem."""

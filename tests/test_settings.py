@@ -384,6 +384,9 @@ def test_which_file_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
     assert found() == (None, {})
     at_home = home / ".copepod" / "copepod.json5"
+    at_home.symlink_to("nowhere")  # not the default, which asks nobody for a secret
+    assert found() == (str(at_home), None)
+    at_home.unlink()
     at_home.write_text("{port: 1}")
     assert found() == (str(at_home), {"port": 1})
     local = here / "copepod.json5"
