@@ -843,7 +843,8 @@ async def _run_here(config: Config, options: Namespace) -> int:
         await gateway.store.open()
         gateway._sweep()  # the run's time is looked at; `stop` ends it
         agent = directory.agent(options.agent or config.default_agent)
-        fields = {"x-copepod-session-key": options.session_key or f"agent:{agent}:main"}
+        key = (options.session_key or f"agent:{agent}:main").encode(errors="surrogateescape")
+        fields = {"x-copepod-session-key": key.decode("latin-1")}  # as a field comes
         target = directory.resolve(f"agent:{agent}" if options.agent else "", "", fields, "")
         message = options.message
         run = gateway.accept(house, target, message, [{"role": "user", "content": message}], timeout=options.timeout)

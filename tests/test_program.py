@@ -397,6 +397,7 @@ def test_agent(tmp_path: Path) -> None:
         (["--message", "hi", "--agent", "broken"], 1, "", "exited with code 3"),
         (["--message", "hi", "--agent", "nobody"], 1, "", "`main`, `tool`, `broken`"),
         (["--message", "hi", "--session-key", "agent:tool:x"], 0, "1 hi\n", ""),
+        (["--message", "hi", "--session-key", "заметки"], 0, "hi\n", ""),
         (["--message", " "], 2, "", "empty"),
         ([], 2, "", "--message"),
     ):
