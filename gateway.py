@@ -545,8 +545,8 @@ class Gateway:
             self._health(x, path)
         elif path == "/metrics" and (meter := self.metrics) is not None:
             self._check_method(request, "GET", "HEAD")
-            if house.config.metrics_auth:
-                self._admit(x, request, house, auth.READ)
+            if house.config.metrics_auth and self._admit(x, request, house, auth.READ).agents is not None:
+                raise APIError(403, "This tells of all agents, and the token has `agents`.", type="permission_error")
             kinds = {"http": len(self.connections) - len(self.upgraded), "websocket": len(self.upgraded)}
             x.send(200, meter.text(self.runs.active, kinds, self.refusals), type=("Content-Type", metrics.MEDIA_TYPE))
         elif path == "/" and house.config.webchat:

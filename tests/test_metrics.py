@@ -272,6 +272,7 @@ def test_a_run_that_is_refused_by_websocket_is_counted() -> None:
         ({}, "of reader", "GET", 200),
         ({}, "of writer", "GET", 200),
         ({}, "of chatter", "GET", 403),
+        ({}, "of friend", "GET", 403),
         ({"auth": False}, None, "GET", 200),
         ({"auth": False}, "wrong", "GET", 200),
         ({"auth": True}, None, "GET", 401),
@@ -282,6 +283,7 @@ def test_a_run_that_is_refused_by_websocket_is_counted() -> None:
 def test_who_may_read_it(changes: dict[str, Any], token: str | None, method: str, status: int) -> None:
     scopes = {"reader": ["operator.read"], "writer": ["operator.write"], "chatter": ["chat"]}
     tokens = [{"name": name, "token": f"of {name}", "scopes": given} for name, given in scopes.items()]
+    tokens.append({"name": "friend", "token": "of friend", "scopes": ["operator.read"], "agents": ["main"]})
 
     async def main() -> None:
         more = {f"gateway.http.endpoints.metrics.{key}": value for key, value in changes.items()}
@@ -291,7 +293,8 @@ def test_who_may_read_it(changes: dict[str, Any], token: str | None, method: str
                 answer = await client.ask(method, "/metrics", None, fields)
                 assert answer.status == status
                 assert status == 200 or answer.body == b"" or answer.error["message"]
-                assert status != 403 or "operator.read" in answer.error["message"]
+                why = "all agents" if "friend" in str(token) else "operator.read"
+                assert status != 403 or why in answer.error["message"]
 
     run(main())
 
