@@ -837,6 +837,9 @@ def _command_agent(options: Namespace) -> int:
 
 async def _run_here(config: Config, options: Namespace) -> int:
     """Run one turn in this process and print its words as they come."""
+    for number in (signal.SIGTERM, signal.SIGHUP):  # like Ctrl-C: a program that the turn has begun must end with it
+        if signal.getsignal(number) == signal.SIG_DFL:  # nohup's is another
+            signal.signal(number, signal.default_int_handler)
     gateway = Gateway(config)
     house, directory = gateway.house, gateway.house.directories[""]
     try:

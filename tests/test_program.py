@@ -423,6 +423,29 @@ def test_an_agent_in_this_process_has_its_time_too(tmp_path: Path) -> None:
     assert done.stderr == "copepod: error: The agent took too long.\n"
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_a_turn_and_its_program(number: signal.Signals, tmp_path: Path) -> None:
+    """A terminal that is closed, too: the program is of a group of its own, and would stay."""
+    script = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
+    tool = {"api": "command", "command": sys.executable, "args": ["-c", script]}
+    config = settings({"models.providers": {"tool": tool}, "agents.list": [{"id": "main", "model": "tool/x"}]})
+    (tmp_path / "copepod.json5").write_text(json.dumps(config))
+    with subprocess.Popen(
+        [*PROGRAM, "agent", "--local", "--message", "hi"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "HOME": str(tmp_path)},
+        cwd=tmp_path,
+        preexec_fn=lambda: [signal.signal(each, signal.SIG_DFL) for each in (signal.SIGINT, signal.SIGHUP)],
+    ) as process:
+        assert process.stdout is not None
+        child = int(process.stdout.readline())
+        process.send_signal(number)
+        assert (process.communicate(timeout=20), process.returncode) == ((b"", b""), 130)
+    with pytest.raises(ProcessLookupError):
+        os.kill(child, 0)
+
+
 def test_kill_loses_nothing_that_was_answered(tmp_path: Path) -> None:
     async def main() -> None:
         async with Upstream(says("yes")) as upstream:
