@@ -108,12 +108,16 @@ class Settings:
 
     def __init__(self, environ: Mapping[str, str], prefixes: list[str]) -> None:
         self.environ, self.prefixes = environ, prefixes  # of its variables, a brand each
-        self.folder = os.getcwd()  # relative paths start here
+        self.folder = "/"  # relative paths start here
         self.file: str | None = None  # that was read; absolute
         self.problems: list[str] = []
         self.warnings: list[str] = []
         self.ignored: list[str] = []  # paths of keys that are not in the table
         self.variables: set[str] = set()  # the names in every ${VAR}
+        try:
+            self.folder = os.getcwd()
+        except OSError:
+            self.problems.append("the current folder is gone: change to one that is there (cd)")
 
     def read(self, path: str | None, overrides: Sequence[tuple[str, str]] = ()) -> Any:
         """Return the tree of this file (None: the one that `find` finds, else {}) as `take` does; None: a problem."""

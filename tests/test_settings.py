@@ -408,6 +408,18 @@ def test_which_file_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert one.problems == ["EDWIN_CONFIG_PATH and CLAWDBOT_CONFIG_PATH: set to different values: unset all but one"]
 
 
+def test_a_folder_that_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkout that was made anew leaves terminals, and gateways that get SIGHUP, where nothing is."""
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    for path in (None, "copepod.json5", str(tmp_path / "copepod.json5")):
+        one = reading()
+        assert one.read(path) is None
+        assert one.problems == ["the current folder is gone: change to one that is there (cd)"]
+
+
 def test_where_a_first_file_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     one = reading({"HOME": str(tmp_path)})
