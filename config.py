@@ -103,7 +103,7 @@ INPUTS = ("text", "image")
 INPUT = Rule(
     '["text"] or ["text", "image"]', lambda v: isinstance(v, list) and "text" in v and all(x in INPUTS for x in v)
 )
-NAMES = Rule("a list of names", lambda v: isinstance(v, list) and v and all(isinstance(name, str) for name in v))
+NAMES = Rule("a list of a name or more", lambda v: isinstance(v, list) and v and all(isinstance(x, str) for x in v))
 # RFC 9110 5.1: field-name = token. What has a secret would be in the store, and in the answer's head.
 FIELD = _text(
     None,

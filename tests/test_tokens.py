@@ -79,9 +79,9 @@ def test_the_mode_beside_tokens(keys: dict[str, Any], environ: dict[str, str], e
             {"agents": ["beat", "Zoe", "BETA"]},
             ['.agents[0]: there is no agent "beat". Did you mean "beta"?', '.agents[1]: there is no agent "Zoe"'],
         ),
-        ({"agents": []}, [".agents: must be a list of names, not a list"]),
-        ({"agents": "beta"}, ['.agents: must be a list of names, not "beta"']),
-        ({"scopes": [5]}, [".scopes: must be a list of names, not a list"]),
+        ({"agents": []}, [".agents: must be a list of a name or more, not a list"]),
+        ({"agents": "beta"}, ['.agents: must be a list of a name or more, not "beta"']),
+        ({"scopes": [5]}, [".scopes: must be a list of a name or more, not a list"]),
         ({"scopes": ["operator.admin"]}, ['.scopes[0]: "operator.admin" is for the shared secret alone']),
         (
             {"scopes": ["chat", "operator.reed"]},
@@ -171,7 +171,7 @@ def test_a_new_token(flags: list[str], more: dict[str, Any], capsys: pytest.Capt
         (["Alice"], f"name: {NAME}, not"),
         (["alice", "--scopes", "operator.admin"], 'scopes[0]: "operator.admin" is for the shared secret alone'),
         (["alice", "--expires", "soon"], f"expires: {DATE}"),
-        (["alice", "--agents", ","], "agents: must be a list of names"),
+        (["alice", "--agents", ","], "agents: must be a list of a name or more"),
         ([], "required: NAME"),
     ],
 )
