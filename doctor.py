@@ -72,7 +72,7 @@ def in_the_way(bind: str, port: int, number: int | None) -> tuple[str, str]:
         return said, f"stop what listens there, or type --port {port % 65535 + 1}"
     if number in (errno.EACCES, errno.EPERM):
         return f"this user may not listen on {where}", "type --port 18789, or any above 1023"
-    if number in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+    if number in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT) or (number or 0) < 0:  # getaddrinfo's: no such interface
         return f"this machine has no address {bind}", "type --bind loopback, or one that `ip address` lists"
     return f"nothing can listen on {where} ({os.strerror(number or 0)})", "type another --port or --bind"
 

@@ -62,6 +62,7 @@ def test_permissions(mode: int, secret: str, level: str, said: str) -> None:
         ("::1", errno.EADDRINUSE, "[::1]:70 is in use", "--port 71"),
         ("127.0.0.1", errno.EACCES, "this user may not listen on 127.0.0.1:70", "above 1023"),
         ("10.9.9.9", errno.EADDRNOTAVAIL, "this machine has no address 10.9.9.9", "--bind loopback"),
+        ("fe80::1%no", socket.EAI_NONAME, "this machine has no address fe80::1%no", "--bind loopback"),
         ("127.0.0.1", errno.ENOBUFS, os.strerror(errno.ENOBUFS), "another --port"),
     ],
 )
