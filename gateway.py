@@ -395,6 +395,7 @@ class Gateway:
 
     def reload(self, config: Config) -> None:
         """Serve by another configuration from the next request on. Port, TLS and store stay. ConfigError."""
+        config = config._replace(tls=self.house.config.tls)  # which says what the origin of our own page is
         house = House(config, self._agents, self._pool.request)
         if (config.auth, config.trusted_proxies) == (self.house.config.auth, self.house.config.trusted_proxies):
             house.gate = self.house.gate  # with the failures that it remembers

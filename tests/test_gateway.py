@@ -903,7 +903,7 @@ def test_reload() -> None:
                 changed = {"gateway.auth.mode": "token", "gateway.auth.token": "new", "agents.list": [{"id": "zeta"}]}
                 origins = {"gateway.http.allowedOrigins": ["https://a.example"]}
                 loaded = gateway.Gateway(settings({**changed, **origins})).house.config
-                hub.reload(loaded)
+                hub.reload(loaded._replace(tls=("cert.pem", "key.pem")))  # the port's stays what it is
                 await says("of old")(call)
                 call.done.set()
                 answer = await client.answer()
@@ -914,6 +914,8 @@ def test_reload() -> None:
                 answer = await client.ask("POST", CHAT, chat(), fields)
                 assert answer.text == "hi"
                 assert answer.fields["x-copepod-agent-id"] == "zeta"
+                own = {"Authorization": "Bearer new", "Origin": "http://localhost", "Host": "localhost"}
+                assert (await client.ask("POST", CHAT, chat(), own)).text == "hi"
             assert len(upstream.calls) == 1
 
     run(main())
