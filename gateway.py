@@ -902,9 +902,17 @@ def _command_health(options: Namespace) -> int:
     return cli.print_health(*asyncio.run(_ask(options, options.command, params)), options.json)
 
 
-def _command_check(options: Namespace) -> None:
+def _checked(options: Namespace) -> Config:
+    """Return the configuration, of which all that can be tried was tried. ConfigError, OSError."""
     config = _load(options)
     House(config, {}, None)  # entries of python providers are imported
+    if config.tls:
+        tls.server_context(*config.tls)
+    return config
+
+
+def _command_check(options: Namespace) -> None:
+    config = _checked(options)
     cli.print_good(config.path, config.warnings)
 
 
@@ -914,10 +922,7 @@ def _command_show(options: Namespace) -> None:
 
 def _command_doctor(options: Namespace) -> int:
     try:
-        config = _load(options)
-        House(config, {}, None)  # entries of python providers are imported
-        if config.tls:
-            tls.server_context(*config.tls)
+        config = _checked(options)
     except (ConfigError, OSError) as e:
         return cli.print_findings(doctor.mistakes(str(e).splitlines()), options.json)
     secret = settings.written(_reading(os.environ).read(config.path)) if config.path else ""

@@ -311,6 +311,9 @@ def test_a_certificate_that_is_none(file: Path, tmp_path: Path) -> None:
     done = finished("doctor", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (1, "")
     assert done.stdout.startswith(f"error    configuration  gateway.tls: {file} and {file} cannot be used ")
+    checked = finished("config", "check", cwd=tmp_path)
+    assert (checked.returncode, checked.stdout) == (1, "")
+    assert f"gateway.tls: {file} and {file} cannot be used " in checked.stderr
     assert done.stdout.count("\n") == 1
 
 
