@@ -376,6 +376,8 @@ class Store:
     def _opened(self) -> Connection:
         try:
             if self._path != MEMORY:
+                if os.path.exists(self._path) and not os.path.isfile(self._path):  # /dev/null would become a file
+                    raise StoreError(f'{self._path} is no file: name one as session.store, or "{MEMORY}" for none')
                 os.makedirs(os.path.dirname(self._path), mode=0o700, exist_ok=True)
                 self._lock = _take_lock(self._path)
                 if not os.path.exists(self._path) or os.path.getsize(self._path) == 0:

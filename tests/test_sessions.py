@@ -571,9 +571,14 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     assert "cannot be opened at" in message
 
 
-def test_a_path_that_is_a_folder(tmp_path: Path) -> None:
-    (tmp_path / "s.sqlite3").mkdir()
-    assert "cannot be opened at" in using(Store(str(tmp_path / "s.sqlite3"), 10), fails_to_open)
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo])
+def test_a_path_that_is_no_file(make: Callable[[Path], None], tmp_path: Path) -> None:
+    """A pipe is empty, as /dev/null is, and would be replaced by a store: for the whole machine, where root asks."""
+    path = tmp_path / "s.sqlite3"
+    make(path)
+    kind = stat.S_IFMT(path.stat().st_mode)
+    assert "is no file: name one as session.store" in using(Store(str(path), 10), fails_to_open)
+    assert (os.listdir(tmp_path), stat.S_IFMT(path.stat().st_mode)) == (["s.sqlite3"], kind)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
