@@ -229,10 +229,11 @@ async def until(deadline: float | None, work: Awaitable[Result]) -> Result:
 class Asked:
     """A turn's request, and its response; `seconds` for both, None for any, and `retry`, which says how often."""
 
-    __slots__ = ("begun", "deadline", "events", "loop", "response", "retry", "run_id", "timer", "tries")
+    __slots__ = ("begun", "deadline", "ends", "events", "loop", "response", "retry", "run_id", "timer", "tries")
 
-    def __init__(self, run_id: str, seconds: float | None, retry: dict[str, Any]) -> None:
-        self.run_id, self.retry, self.tries, self.loop = run_id, retry, 0, asyncio.get_running_loop()
+    def __init__(self, turn: Turn, seconds: float | None, retry: dict[str, Any]) -> None:
+        self.run_id, self.ends = turn["run_id"], turn["deadline"]
+        self.retry, self.tries, self.loop = retry, 0, asyncio.get_running_loop()
         self.begun = self.loop.time()
         self.deadline = None if seconds is None else self.begun + seconds
         self.response: Response | None = None
@@ -262,11 +263,13 @@ class Asked:
         if self.tries >= self.retry.get("tries", 1) or error.taken or not error.passing:
             raise error
         import random
+        import time
 
         delay = FIRST_DELAY * 2 ** (self.tries - 1) * random.uniform(0.75, 1)  # noqa: S311 (so that not all come at once)
         delay = max(delay, error.retry_after or 0)
         until_ = self.begun + self.retry.get("seconds", 0)
-        if self.loop.time() + delay > min(until_, self.deadline or until_):
+        late = self.loop.time() + delay > min(until_, self.deadline or until_)
+        if late or time.monotonic() + delay > self.ends:
             raise error
         log.warning("run %s: %s; it is asked again in %.1f s", self.run_id, error, delay)
         await asyncio.sleep(delay)
@@ -324,7 +327,7 @@ class _Server:
     async def answered(self, turn: Turn) -> AsyncIterator[Item]:
         """The items of the answer to a turn; ProviderError."""
         body = formed(self.dialect, turn)
-        asked = Asked(turn["run_id"], self.seconds, self.retry)
+        asked = Asked(turn, self.seconds, self.retry)
         while True:
             answer, spoken, count = self.dialect.Answer(self.told), False, 0
             try:

@@ -88,6 +88,8 @@ class Run:
         self.agent_id, self.session_key, self.providers, self.stored = agent_id, session_key, providers, stored
         self.owner = owner  # the name of the token that it was asked for with
         stored_key = namespace(owner) + session_key if owner else session_key
+        self.begun = now()
+        self.deadline = self.begun + timeout
         self.turn: dict[str, Any] = {  # what a provider is given
             "run_id": self.id,
             "agent_id": agent_id,
@@ -98,10 +100,9 @@ class Run:
             "system": system,
             "params": params or {},
             "model": "",
+            "deadline": self.deadline,  # of time.monotonic(): then it is ended
         }
         self.lane = (agent_id, stored_key)
-        self.begun = now()
-        self.deadline = self.begun + timeout
         self.usage: dict[str, int] = {}  # OpenAI's names; empty where nothing was measured
         self.finish_reason = "stop"
         self.provider = ""  # the name of the one that answers

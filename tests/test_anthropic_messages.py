@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import socket
 from collections.abc import AsyncIterator
 from typing import Any
@@ -22,7 +23,7 @@ HELLO = [{"role": "user", "content": "hello"}]
 
 def turn(*messages: dict[str, Any], system: str = "", **params: Any) -> dict[str, Any]:
     return {"run_id": "run_1", "message": "hello", "system": system, "messages": list(messages) or HELLO,
-            "model": "claude", "params": params}  # fmt: skip
+            "model": "claude", "params": params, "deadline": math.inf}  # fmt: skip
 
 
 class Response:

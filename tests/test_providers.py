@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import math
 import threading
 
 import pytest
@@ -14,6 +15,7 @@ def turn(message="hello", **more):
     return {
         "run_id": "run_1", "agent_id": "main", "session_key": "k", "session_id": "sid", "message": message,
         "system": "", "messages": [{"role": "user", "content": message}], "model": "m", "params": {},
+        "deadline": math.inf,
     } | more  # fmt: skip
 
 

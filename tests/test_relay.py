@@ -131,6 +131,17 @@ def test_a_fallback_comes_after_the_retries() -> None:
     run(main())
 
 
+def test_who_asks_is_told_at_once_what_the_agents_time_is_too_short_to_wait_for() -> None:
+    async def main() -> None:
+        async with Upstream(answers(429, b"{}", "Retry-After: 7")) as upstream:
+            changes = upstream.settings(retry={"tries": 2, "seconds": 10}) | {"agents.defaults.timeoutSeconds": 6}
+            async with serving(changes) as hub:
+                answer = await within(ask(hub), 5)
+                assert (answer.status, answer.fields["retry-after"]) == (429, "7")
+
+    run(main())
+
+
 def test_a_large_image_is_handed_on_and_not_kept() -> None:
     async def main() -> None:
         url = "data:image/png;base64," + "A" * 900_000

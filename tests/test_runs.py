@@ -186,7 +186,7 @@ def test_the_turn() -> None:
         assert turn.pop("session_id") not in ("", run.id)
         assert turn == {
             "run_id": run.id, "agent_id": "a", "session_key": "k", "message": "hi", "messages": [user("hi")],
-            "system": "s", "params": {"seed": 1}, "model": "m",
+            "system": "s", "params": {"seed": 1}, "model": "m", "deadline": run.deadline,
         }  # fmt: skip
 
     play(work)
