@@ -110,7 +110,12 @@ FIELD = _text(
     'the name of a field such as "x-openwebui-chat-id", not of one with a secret',
     r"(?!(?i:(?:proxy-)?authorization|cookie)$)[!#$%&'*+.^_`|~0-9A-Za-z-]{1,64}",
 )
-HEADER = _text(None, "text without control characters", r"[^\x00-\x08\x0a-\x1f\x7f]*", secret=True)
+HEADER = _text("", "text in Latin-1 without control characters", r"[\t\x20-\x7e\x80-\xff]*", secret=True)
+URL = _text(
+    ...,
+    "an http:// or https:// address in ASCII without user or query",
+    r"(?a)https?://([\w.~-]+|\[[\da-fA-F:.]+\])(:[1-6]?\d{0,4})?(/[!\"$->A-~]*)?",
+)
 
 PROVIDERS: dict[str, dict[str, Table]] = {
     "echo": {},
@@ -129,17 +134,15 @@ PROVIDERS: dict[str, dict[str, Table]] = {
         "timeoutSeconds": TIMEOUT,
     },
     "openai-completions": {
-        "baseUrl": _text(..., "an http:// or https:// address without user or query", r"https?://[^\s@?#]+"),
-        "apiKey": SECRET,
+        "baseUrl": URL,
+        "apiKey": HEADER,
         "headers": {"*": HEADER},
         "models": [{"*": ANY}],
         "retry": {"tries": _number(2, 1, 100, whole=True), "seconds": _number(10, 0, 3600)},
         "timeoutSeconds": TIMEOUT,
     },
 }
-PROVIDERS["anthropic-messages"] = PROVIDERS["openai-completions"] | {
-    "baseUrl": PROVIDERS["openai-completions"]["baseUrl"]._replace(default=None)  # type: ignore[union-attr]
-}
+PROVIDERS["anthropic-messages"] = PROVIDERS["openai-completions"] | {"baseUrl": URL._replace(default=None)}
 SERVERS = {"openai-completions", "anthropic-messages"}  # they take what their clients send besides text
 CLI_BACKEND: dict[str, Table] = {
     **PROVIDERS["command"],

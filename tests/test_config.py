@@ -286,6 +286,7 @@ def test_an_override_stands_in_for_a_variable_that_is_not_set() -> None:
 
 NEEDS = "type --token TOKEN, or set gateway.auth.token or COPEPOD_GATEWAY_TOKEN"
 PLAIN = "must be text without control characters"
+SENT = "must be text in Latin-1 without control characters"
 UNSET = "is not set: set it in the environment, or write $${} for the text itself"
 RANGE = "must be a whole number from 0 to 65535"
 MODES = 'must be "none", "token" or "password"'
@@ -293,7 +294,7 @@ SCRIPT = "{message} would be a shell's script, so anyone could run anything"
 CHATS = "gateway.http.endpoints.chatCompletions"
 NAMED = 'must be the name of a field such as "x-openwebui-chat-id", not of one with a secret'
 OBJECT = '{ primary: "...", fallbacks: ["..."] }'
-ADDRESS = "must be an http:// or https:// address without user or query"
+ADDRESS = "must be an http:// or https:// address in ASCII without user or query"
 ID = 'letters, digits, "_" and "-", at most 64'
 APIS = 'must be "echo", "python", "command", "openai-completions" or "anthropic-messages"'
 
@@ -366,8 +367,16 @@ APIS = 'must be "echo", "python", "command", "openai-completions" or "anthropic-
             provider(**KEY["openai"], headers={"A": "a\r\nb"}, apiKey=None),
             {},
             [
-                f"models.providers.x.apiKey: {PLAIN}, not null",
-                f"models.providers.x.headers.A: {PLAIN}, not this text",
+                f"models.providers.x.apiKey: {SENT}, not null",
+                f"models.providers.x.headers.A: {SENT}, not this text",
+            ],
+        ),
+        (
+            provider(**KEY["openai"], headers={"A": "caf\u00e9", "B": "\u201cb\u201d"}, apiKey="k\u200b"),
+            {},
+            [
+                f"models.providers.x.apiKey: {SENT}, not this text",
+                f"models.providers.x.headers.B: {SENT}, not this text",
             ],
         ),
         # auth
@@ -485,7 +494,11 @@ APIS = 'must be "echo", "python", "command", "openai-completions" or "anthropic-
                 {},
                 [f'models.providers.x.baseUrl: {ADDRESS}, not "{url}"'],
             )
-            for url in ["ftp://a", "a.example", "http://u:p@a/v1", "http://a/?b", "http://"]
+            for url in (
+                "ftp://a", "a.example", "http://u:p@a/v1", "http://a/?b", "http://", "http:///v1", "http://a:b/v1",
+                "http://a:123456/v1", "http://[::1/v1", "http://b\u00fcch.example/v1", "http://a/\u00e9",
+                "http://a b/v1",
+            )
         ),
         (
             provider(**KEY["openai"], models=["m"]),
