@@ -167,6 +167,8 @@ def status_error(status: int, message: str, retry_after: int | None = None) -> P
 def message_of(value: object, secrets: list[str]) -> str:
     """Another server's message, safe to hand on: plain text, short, without our secrets; "" when there is none."""
     found: object = None
+    if isinstance(value, list) and value:  # Gemini's
+        value = value[0]
     if isinstance(value, dict):
         error = value.get("error")
         found = error.get("message") if isinstance(error, dict) else error

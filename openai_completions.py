@@ -64,7 +64,7 @@ class Answer:
             plain = PLAIN.fullmatch(data, len(before), len(data) - len(after))
             if plain is not None:
                 return plain[0]
-        if data == "[DONE]":
+        if data.startswith("[DONE]"):
             self.done = True
             return ""
         items = self.read(data)
