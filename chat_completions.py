@@ -68,6 +68,7 @@ _FIELDS: dict[str, tuple[tuple[type, ...], str]] = {
 # What tells the agent of the client's own tools.
 _TOOLS = ("tools", "tool_choice", "parallel_tool_calls")
 _NO_TOOLS: Mapping[str, Any] = {}
+_LENGTHS = frozenset({"max_tokens", "max_completion_tokens"})  # two names for one bound: both are refused
 # Of these, what the gateway itself answers to, does not hand on, or not to every agent.
 _OURS = {
     "function_call", "functions", "metadata", "model", "stream", "stream_options", *_TOOLS,
@@ -192,6 +193,12 @@ def with_tools(call: ChatRequest, agent_id: str, takes: bool) -> ChatRequest:
         said = f"Agent `{agent_id}` takes no tools of its clients: leave `tools` out, send `tool_choice` as `none`,"
         _refuse("tools", f"{said} or ask for an agent that has `clientTools: true`.")
     return call
+
+
+def over(own: Mapping[str, Any], asked: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the parameters of a run: an agent's own, and those of the request over them."""
+    bounded = not _LENGTHS.isdisjoint(asked)
+    return {**{name: own[name] for name in own if not (bounded and name in _LENGTHS)}, **asked}
 
 
 def _look_closer(fields: Mapping[str, Any]) -> tuple[str, bool, bool, Mapping[str, Any]]:

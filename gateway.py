@@ -709,7 +709,7 @@ class Gateway:
             messages,
             house.providers[agent.id],
             system=f"{prompt}\n\n{system}" if prompt and system else prompt or system,
-            params={**agent.params, **params} if params else agent.params,
+            params=chat.over(agent.params, params) if params else agent.params,
             timeout=longest,
             stored=target.stored,
             run_id=ids[0],

@@ -131,6 +131,28 @@ def test_a_fallback_comes_after_the_retries() -> None:
     run(main())
 
 
+@pytest.mark.parametrize(
+    ("own", "asked_for", "sent"),
+    [
+        ({"max_tokens": 9, "seed": 1}, {"max_completion_tokens": 5}, {"max_completion_tokens": 5, "seed": 1}),
+        ({"max_completion_tokens": 9}, {"max_tokens": 5}, {"max_tokens": 5}),
+        ({"max_tokens": 9}, {"seed": 2}, {"max_tokens": 9, "seed": 2}),
+    ],
+)
+def test_the_request_bounds_an_answer_by_either_name(
+    own: dict[str, int], asked_for: dict[str, int], sent: dict[str, int]
+) -> None:
+    async def main() -> None:
+        async with Upstream(says("a")) as upstream:
+            changes = upstream.settings() | {"agents.list": [{"id": "main", "params": own}]}
+            async with serving(changes) as hub:
+                assert (await ask(hub, **asked_for)).text == "a"
+            (call,) = upstream.calls
+            assert {name: call.json[name] for name in call.json if name.startswith(("max", "seed"))} == sent
+
+    run(main())
+
+
 def test_who_asks_is_told_at_once_what_the_agents_time_is_too_short_to_wait_for() -> None:
     async def main() -> None:
         async with Upstream(answers(429, b"{}", "Retry-After: 7")) as upstream:
