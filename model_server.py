@@ -16,6 +16,7 @@ WORDS_AT_ONCE = 64  # of a model server, between two turns of the loop: about ha
 MAX_ANSWER = 8 * 1024 * 1024  # bytes of an answer that is not streamed
 MIN_SECRET = 8  # characters of a header's word that is masked in what a server says; shorter ones are in many texts
 MAX_REFUSAL = 64 * 1024  # bytes of a refusal's body
+REFUSAL_SECONDS = 5.0  # from its head to the end of its body
 MAX_MESSAGE = 500  # characters of another server's message
 MAX_RETRY_AFTER = 86_400  # seconds
 DONE_GRACE = 0.1  # seconds for the end of the body after the last event, so that the connection can be used again
@@ -213,7 +214,8 @@ def broken(error: OSError, answered: bool) -> ProviderError:
 async def refusal(response: Response, run_id: str, secrets: list[str]) -> ProviderError:
     """The error for a response that is no success."""
     try:
-        message = message_of(json.loads(await response.read(MAX_REFUSAL)), secrets)
+        async with asyncio.timeout(REFUSAL_SECONDS):
+            message = message_of(json.loads(await response.read(MAX_REFUSAL)), secrets)
     except (OSError, ValueError, RecursionError):  # the status tells enough
         message = ""
     log.warning("run %s: the model server answered with status %d: %s", run_id, response.status, message)

@@ -449,6 +449,13 @@ def test_the_time_an_answer_may_take(answer, items):
     assert answer is None or answer.closed
 
 
+def test_a_refusal_whose_body_does_not_come(monkeypatch):
+    monkeypatch.setattr(model_server, "REFUSAL_SECONDS", 0.05)
+    response = Response(429, {"retry-after": "7"}, hang=True)
+    assert run(server(response)[0]) == limited(7)
+    assert response.closed
+
+
 def test_time_that_is_enough_and_a_server_that_stays_after_done():
     provider, _ = server(Response(events=[delta("a", "stop")]), timeoutSeconds=10)
     assert run(provider) == ["a", STOP]
