@@ -136,7 +136,7 @@ def run_error(kind: str, message: str, retry_after: int | None = None, taken: bo
     fields: list[tuple[str, str]] = []
     if status in (429, 503):
         fields.append(("Retry-After", str(retry_after or 1)))
-    if kind in ("timeout", "upstream_auth", "cancelled") or (status in (500, 502) and taken):
+    if kind in ("timeout", "upstream_auth", "cancelled") or (taken and status >= 429):
         fields.append(("x-should-retry", "false"))
     return APIError(status, message, type=type_, code=code, fields=fields)
 

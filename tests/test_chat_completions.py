@@ -695,8 +695,8 @@ def failed(kind: str, retry_after: int | None = None, taken: bool = False) -> di
     [
         ("rejected", None, False, 400, "invalid_request_error", []),
         ("rejected", None, True, 400, "invalid_request_error", []),
-        ("rate_limited", None, True, 429, "rate_limit_error", [RETRY]),
-        ("rate_limited", 7, True, 429, "rate_limit_error", [("Retry-After", "7")]),
+        ("rate_limited", None, True, 429, "rate_limit_error", [RETRY, NEVER]),
+        ("rate_limited", 7, False, 429, "rate_limit_error", [("Retry-After", "7")]),
         ("rate_limited", 0, False, 429, "rate_limit_error", [RETRY]),
         ("internal", None, False, 500, "server_error", []),
         ("internal", None, True, 500, "server_error", [NEVER]),
@@ -705,6 +705,7 @@ def failed(kind: str, retry_after: int | None = None, taken: bool = False) -> di
         ("upstream_auth", None, False, 502, "upstream_auth_error", [NEVER]),
         ("upstream_auth", None, True, 502, "upstream_auth_error", [NEVER]),
         ("overloaded", None, False, 503, "overloaded_error", [RETRY]),
+        ("overloaded", None, True, 503, "overloaded_error", [RETRY, NEVER]),
         ("overloaded", 3, False, 503, "overloaded_error", [("Retry-After", "3")]),
         ("timeout", None, False, 504, "timeout_error", [NEVER]),
         ("timeout", None, True, 504, "timeout_error", [NEVER]),
