@@ -62,8 +62,8 @@ class Run:
     """
 
     __slots__ = (
-        "agent_id", "answer", "asked", "begun", "cancels", "deadline", "ended_at", "finish_reason", "gate", "gone",
-        "id", "lane", "lost", "more", "outside", "owner", "placed", "provider", "providers", "room", "said",
+        "acted", "agent_id", "answer", "asked", "begun", "cancels", "deadline", "ended_at", "finish_reason", "gate",
+        "gone", "id", "lane", "lost", "more", "outside", "owner", "placed", "provider", "providers", "room", "said",
         "session_key", "spoken_at", "started_at", "stopping", "stored", "task", "turn", "usage",
     )  # fmt: skip
 
@@ -117,6 +117,7 @@ class Run:
         self.stopping: RunError | None = None  # why it is ended from outside
         self.cancels = 0  # of such an end, not yet taken back
         self.outside = False  # it waits for its reader, not for its agent
+        self.acted = False  # a model that failed before the one that answers may have
         self.said = False  # all its words, which are not taken back
         self.lost = False  # its session could not be read, or the turn not be written
         self.gone = False  # the one that drives it has left
@@ -274,7 +275,7 @@ def failure(run: Run, error: BaseException) -> dict[str, Any]:
     except AttributeError:
         log.error("run %s: the agent failed", run.id, exc_info=error)
         return {"kind": "internal", "message": "the agent failed", "retry_after": None, "taken": True}
-    return {"kind": kind, "message": str(error), "retry_after": retry_after, "taken": taken}
+    return {"kind": kind, "message": str(error), "retry_after": retry_after, "taken": taken or run.acted}
 
 
 async def _close(words: AsyncIterator[Any] | None) -> None:
@@ -456,7 +457,9 @@ class Runs:
                 await _close(words)
                 if last:
                     raise
-                log.warning("run %s: model %d failed, trying the next: %s", run.id, n, failure(run, e)["message"])
+                failed = failure(run, e)
+                run.acted = failed["taken"]
+                log.warning("run %s: model %d failed, trying the next: %s", run.id, n, failed["message"])
 
     def _tell(self, run: Run, event: Event) -> Event:
         for observer in self.observers:

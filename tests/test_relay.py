@@ -164,6 +164,20 @@ def test_who_asks_is_told_at_once_what_the_agents_time_is_too_short_to_wait_for(
     run(main())
 
 
+def test_what_the_first_model_may_have_done_is_not_done_again_for_the_fallbacks_failure() -> None:
+    async def main() -> None:
+        async with Upstream(answers(500, b"{}")) as first, Upstream(BUSY) as second:
+            changes = first.settings()
+            changes["models.providers.other"] = second.settings()["models.providers.up"]
+            changes["agents.list"] = [{"id": "main", "model": {"primary": "up/a", "fallbacks": ["other/b"]}}]
+            async with serving(changes) as hub:
+                answer = await ask(hub)
+            assert answer.error["message"] == "the model server failed with status 503"
+            assert answer.fields["x-should-retry"] == "false"
+
+    run(main())
+
+
 def test_a_large_image_is_handed_on_and_not_kept() -> None:
     async def main() -> None:
         url = "data:image/png;base64," + "A" * 900_000
