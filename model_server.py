@@ -143,6 +143,7 @@ def told(error: object, secrets: list[str]) -> ProviderError:
             status = value
             break
     message = message_of({"error": error}, secrets)
+    log.warning("the model server's answer is, or ends with, an error: %s", message)
     if isinstance(status, int) and (status < 500 or status == OVERLOADED) and status != 408:
         return status_error(status, message)
     return ProviderError("upstream", message or "the model server failed", taken=True)

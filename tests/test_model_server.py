@@ -201,6 +201,11 @@ def test_a_streamed_answer(events, expected):
         assert response.ended  # read to its end, so that its connection is used again
 
 
+def test_what_stands_in_place_of_a_status_is_in_the_log(caplog):
+    run(server(Response(events=[{"error": {"message": "no credit for sk-secret", "code": 402}}]))[0])
+    assert "an error: no credit for ***" in caplog.text
+
+
 def told(error):
     return LookupError(error)
 
