@@ -120,6 +120,7 @@ def items_of(answer: Answer, whole: str) -> list[Item]:
 def fields_of(options: dict[str, Any], dialect: Dialect) -> list[tuple[str, str]]:
     """The request's fields; those of the configuration win."""
     fields = {"content-type": "application/json", "accept": "text/event-stream, application/json"}
+    fields["user-agent"] = "copepod"  # some servers, and what stands before them, refuse who does not say it
     fields |= dialect.fields_of(options.get("apiKey") or "")
     return list((fields | {name.lower(): value for name, value in (options.get("headers") or {}).items()}).items())
 

@@ -118,7 +118,7 @@ def shared(look: Callable[[], Awaitable[dict[str, Finding]]]) -> Callable[[], Aw
 
 def _question(dialect: Dialect, options: dict[str, Any]) -> tuple[str, list[tuple[str, str]]]:
     """The address that lists the models, and the request's fields; those of the configuration win."""
-    fields = {"accept": "application/json"} | dialect.fields_of(options.get("apiKey") or "")
+    fields = {"accept": "application/json", "user-agent": "copepod"} | dialect.fields_of(options.get("apiKey") or "")
     fields |= {name.lower(): value for name, value in (options.get("headers") or {}).items()}
     return dialect.models_url_of(options.get("baseUrl") or ""), list(fields.items())
 

@@ -291,6 +291,7 @@ def test_the_fields_and_the_system() -> None:
     assert fields == {
         "content-type": "application/json",
         "accept": "text/event-stream, application/json",
+        "user-agent": "copepod",
         "x-api-key": KEY,
         "anthropic-version": "2030-01-01",
         "anthropic-beta": "x",

@@ -422,6 +422,7 @@ def test_what_is_sent():
     assert fields == {
         "content-type": "application/json",
         "accept": "text/event-stream, application/json",
+        "user-agent": "copepod",
         "authorization": "Basic x",
         "x-extra": "1",
     }

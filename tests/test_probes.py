@@ -125,7 +125,7 @@ def test_a_server_that_says_nothing_has_its_time():
 def test_how_a_server_is_asked(api, options, url, fields):
     server = Server()
     assert found(server, api=api, options=options) == THERE
-    assert server.asked == [("GET", url, {"accept": "application/json"} | fields)]
+    assert server.asked == [("GET", url, {"accept": "application/json", "user-agent": "copepod"} | fields)]
 
 
 def test_programs(tmp_path):
