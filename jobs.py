@@ -51,7 +51,7 @@ class Job:
         """Keep what is answered last, and not the run, which holds its whole conversation; `error` as its event's."""
         self.payload, self.size = final(run, error), sum(map(len, run.answer))
         if error is not None and self.payload["status"] == "error":
-            self.error = told(error["kind"], error["message"], error["retry_after"])
+            self.error = told(**error)
         times = (("startedAt", run.started_at), ("endedAt", run.ended_at or time.time()))
         self.waited = {"runId": run.id, "status": "ok" if self.error is None else "error"}
         self.waited |= {name: int(at * 1000) for name, at in times if at is not None}
@@ -85,10 +85,10 @@ def final(run: Run, error: Dict | None = None) -> Dict:
     return {"runId": run.id, "status": "ok", "summary": "aborted" if aborted else "completed", "result": result}
 
 
-def told(kind: str, message: str, retry_after: int | None) -> Dict:
-    """Return a run's failure as the protocol's error; `retry_after` in seconds."""
+def told(kind: str, message: str, retry_after: int | None, taken: bool = False) -> Dict:
+    """Return a run's failure as the protocol's error; `retry_after` in seconds. One that is `taken` may have acted."""
     error: Dict = {"code": "AGENT_TIMEOUT" if kind == "timeout" else "UNAVAILABLE", "message": message}
-    if kind in ("overloaded", "rate_limited", "limited"):
+    if kind in ("overloaded", "rate_limited", "limited") and not taken:
         error |= {"retryable": True, "retryAfterMs": (retry_after or 1) * 1000}
     return error
 

@@ -81,6 +81,7 @@ def test_final_of_an_aborted_run(words: tuple[str, ...], payloads: list[Any]) ->
 )
 def test_told(kind: str, retry_after: int | None, code: str, more: dict[str, Any]) -> None:
     assert told(kind, "why", retry_after) == {"code": code, "message": "why", **more}
+    assert told(kind, "why", retry_after, taken=True) == {"code": code, "message": "why"}  # it must not be repeated
 
 
 def test_a_run_is_driven_and_remembered() -> None:
