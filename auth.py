@@ -71,12 +71,11 @@ ANYONE = Caller("", frozenset({ADMIN}))  # where no credential is asked for
 
 
 class Verdict(NamedTuple):
-    """Whether the caller is let in; `retry_after` is whole seconds, 0 unless the client is locked out."""
+    """Who is let in; `retry_after` is whole seconds, 0 unless the client is locked out."""
 
-    ok: bool
     retry_after: int
     missing: bool
-    caller: Caller | None = None  # None: it is not
+    caller: Caller | None = None  # None: nobody
     expired: str = ""  # when it could still have been, as RFC 3339 writes it
 
 
@@ -411,7 +410,7 @@ class Gate:
         self.mode = mode
         self._expected = digest(secret) if secret and mode != "none" else b""
         shared = Caller("", frozenset({ADMIN}), digest=self._expected)
-        self._admitted = Verdict(True, 0, False, shared)  # of the shared secret
+        self._admitted = Verdict(0, False, shared)  # of the shared secret
         self.named = {caller.digest: caller for caller in named}
         self._limiter = Limiter(max_attempts, window_ms, lockout_ms, clock)
         self._exempt_loopback = exempt_loopback
@@ -442,18 +441,18 @@ class Gate:
         key = "" if exempt else limiter_key(client)
         left = 0 if exempt else limiter.retry_after(key)
         if left or not given:
-            return Verdict(False, left, not given)
+            return Verdict(left, not given)
         if same(known, self._expected):
             limiter.cleared(key)
             return self._admitted
         caller = self.named.get(known)
         if caller is not None and same(known, caller.digest):  # clears nothing: a friend may be a guesser too
             if not self._over(caller):
-                return Verdict(True, 0, False, caller)
-            return Verdict(False, 0, False, expired=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(caller.expires)))
+                return Verdict(0, False, caller)
+            return Verdict(0, False, expired=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(caller.expires)))
         if not exempt:
             limiter.failed(key)
-        return Verdict(False, 0, False)
+        return Verdict(0, False)
 
     def now(self, caller: Caller) -> Caller | None:
         """Return the one whom the caller's credential lets in, None if it lets nobody in (any more)."""
