@@ -163,6 +163,8 @@ async def in_thread(call: Callable[[], object], slots: threading.BoundedSemaphor
     try:
         while entry := await arrived.get():
             item, error = entry
+            if isinstance(error, KeyboardInterrupt):  # its own: a user's, which ends the loop, reaches no such thread
+                raise RuntimeError("the agent interrupted itself") from error
             if error is not None:
                 raise error
             room.release()

@@ -133,6 +133,10 @@ async def leaves(message):
     yield
 
 
+def plain_interrupts(message):
+    raise KeyboardInterrupt
+
+
 def plain_leaves(message):
     sys.exit(3)
 

@@ -80,7 +80,7 @@ def test_what_is_neither_text_nor_an_event_is_an_internal_error(agents, name, it
     ("name", "error"),
     [
         ("raises", RuntimeError), ("plain_raises", KeyError), ("leaves", SystemExit), ("plain_leaves", SystemExit),
-        ("cancels_itself", asyncio.CancelledError),
+        ("cancels_itself", asyncio.CancelledError), ("plain_interrupts", RuntimeError),
     ],
 )  # fmt: skip
 def test_an_agents_own_error_is_handed_on(agents, name, error):
