@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, cast
 
 HIGH_WATER = 64 * 1024  # bytes unsent before a writer waits; asyncio's own default
@@ -61,6 +61,9 @@ async def stop_listening(server: asyncio.Server) -> None:
     server.close()
 
 
+Secure = Callable[[asyncio.Transport, asyncio.BaseProtocol], Awaitable[asyncio.Transport | None]]
+
+
 class Connection(asyncio.StreamReaderProtocol):
     """A StreamReader and a transport, without a task while idle: the first byte of a request starts `serve`.
 
@@ -69,9 +72,9 @@ class Connection(asyncio.StreamReaderProtocol):
     """
 
     __slots__ = (  # ten thousand of them may be idle
-        "_behind", "_connections", "_eof", "_leaving", "_loop_", "_lost", "_room", "_serve", "_unsent", "_watching",
-        "_write_seconds", "_writer", "deadline", "expired", "full", "gone", "on_tick", "peer", "reader", "surplus",
-        "task", "transport",
+        "_behind", "_connections", "_eof", "_leaving", "_loop_", "_lost", "_opening", "_room", "_secure", "_serve",
+        "_unsent", "_watching", "_write_seconds", "_writer", "deadline", "expired", "full", "gone", "on_tick", "peer",
+        "reader", "surplus", "task", "transport",
     )  # fmt: skip
 
     def __init__(
@@ -83,6 +86,7 @@ class Connection(asyncio.StreamReaderProtocol):
         first_seconds: float,
         write_seconds: float,
         room: int,
+        secure: Secure | None = None,
     ) -> None:
         self._loop_ = asyncio.get_running_loop()
         self.reader = asyncio.StreamReader(limit, self._loop_)
@@ -95,6 +99,8 @@ class Connection(asyncio.StreamReaderProtocol):
         self.on_tick: Callable[[float], None] | None = None  # called once a second while a stream is on
         self.task: asyncio.Task[None] | None = None
         self._serve, self._connections, self._write_seconds = serve, connections, write_seconds
+        self._secure = secure  # what makes it a TLS one, until that is done
+        self._opening: asyncio.Task[None] | None = None  # which does it
         self._room = room  # for how many connections there is
         self.surplus = False  # this one is beyond: it is served nothing but a refusal
         self._eof = self._lost = self._watching = False
@@ -113,17 +119,38 @@ class Connection(asyncio.StreamReaderProtocol):
     # asyncio's side
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        super().connection_made(transport)
         self.transport = cast(asyncio.Transport, transport)
-        self.transport.set_write_buffer_limits(HIGH_WATER)
-        if hasattr(transport, "max_size"):  # of one read; asyncio's 256 KiB some allocators map and unmap at each
-            transport.max_size = READ_SIZE
         name = transport.get_extra_info("peername")
         self.peer = str(name[0]) if isinstance(name, tuple) else ""  # the address of the other end, without its port
         self._connections.add(self)
         self.surplus = len(self._connections) > self._room
         if len(self._connections) > self._room + SPARE:
             self.transport.abort()
+        elif self._secure is not None:
+            self.transport.pause_reading()  # what comes is not for us
+            self._opening = asyncio.Task(self._handshake(self._secure), loop=self._loop_)
+            return
+        self._open(self.transport)
+
+    async def _handshake(self, secure: Secure) -> None:
+        """Make it a TLS connection. asyncio would count none before that, and keep them beyond any number."""
+        transport = None
+        with contextlib.suppress(OSError):  # no TLS, or too late: asyncio has closed the connection
+            transport = await secure(self.transport, self)
+        self._secure = self._opening = None
+        if transport is not None:
+            self._open(transport)
+            if self.buffered:
+                self._begin()
+        elif not self._lost:  # asyncio says nothing of one that is lost inside the handshake
+            self.connection_lost(None)
+
+    def _open(self, transport: asyncio.Transport) -> None:
+        super().connection_made(transport)
+        self.transport = transport
+        transport.set_write_buffer_limits(HIGH_WATER)
+        if hasattr(transport, "max_size"):  # of one read; asyncio's 256 KiB some allocators map and unmap at each
+            transport.max_size = READ_SIZE
 
     def data_received(self, data: bytes) -> None:
         if self._watching:
@@ -135,7 +162,11 @@ class Connection(asyncio.StreamReaderProtocol):
             self._see()
             return
         self.reader.feed_data(data)
-        if self.task is None and not self.transport.is_closing():
+        if self.task is None and self._secure is None:
+            self._begin()
+
+    def _begin(self) -> None:
+        if not self.transport.is_closing():
             self.deadline = FOREVER  # until it has begun: a task that is cancelled before that ends without a word
             self.task = asyncio.Task(self._run(), loop=self._loop_)
 

@@ -297,6 +297,7 @@ class Gateway:
         self.metrics: metrics.Metrics | None = None
         self._measure()
         self._server: asyncio.Server | None = None
+        self._secure: Callable[..., Any] | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._max_connections = config.max_connections
 
@@ -317,10 +318,14 @@ class Gateway:
         """Open the store and listen. OSError, sessions.StoreError, ConfigError: what is in the way."""
         config = self.house.config
         self._max_connections = room_for(config.max_connections)
+        loop = asyncio.get_running_loop()
         options = tls.listening(*config.tls, HEAD_SECONDS) if config.tls else {}
+        if options and isinstance(loop, asyncio.BaseEventLoop):  # uvloop would read on, what is not for us
+            self._secure = partial(loop.start_tls, sslcontext=options.pop("ssl"), server_side=True, **options)
+            options = {}
 
         async def listen() -> None:
-            self._server = await asyncio.get_running_loop().create_server(
+            self._server = await loop.create_server(
                 self._connection, config.bind, config.port, backlog=1024, start_serving=False, **options
             )
 
@@ -432,6 +437,7 @@ class Gateway:
             first_seconds=HEAD_SECONDS,
             write_seconds=self.house.config.write_timeout_seconds,
             room=self._max_connections,
+            secure=self._secure,
         )
 
     def _sweep(self) -> None:

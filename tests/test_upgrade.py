@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-import shutil
 import ssl
 import struct
-import subprocess
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -855,15 +853,8 @@ def test_http_goes_on_beside() -> None:
     run(main())
 
 
-def test_over_tls(tmp_path: Path) -> None:
-    openssl = shutil.which("openssl")
-    if openssl is None:
-        pytest.skip("needs the openssl program")
-    cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
-    command = [openssl, "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
-    command += ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost", "-days", "2"]
-    command += ["-keyout", str(key), "-out", str(cert)]
-    subprocess.run(command, check=True, capture_output=True, timeout=60)
+def test_over_tls(certificate: tuple[Path, Path]) -> None:
+    cert, key = certificate
     context = ssl.create_default_context(cafile=str(cert))
     context.verify_flags &= ~getattr(ssl, "VERIFY_X509_STRICT", 0)
 
