@@ -201,6 +201,11 @@ class Connection(asyncio.StreamReaderProtocol):
         """The number of bytes that have come and were not read."""
         return len(self.reader._buffer)  # type: ignore[attr-defined]  # no public name tells it
 
+    @property
+    def flushing(self) -> asyncio.Future[None] | None:
+        """What is done when all is sent that was answered; None where nothing of it is left here."""
+        return self._closed if self.task is None and self.transport.get_write_buffer_size() else None  # type: ignore[attr-defined]
+
     async def _run(self) -> None:
         keep = False
         try:

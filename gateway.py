@@ -350,13 +350,16 @@ class Gateway:
         for c in [c for c in self.connections if c.task is None]:
             c.transport.close()
         until = now() + seconds
-        while (busy := self._busy()) and (left := until - now()) > 0:
+        while (left := until - now()) > 0:
+            busy: list[asyncio.Future[Any]] = [*self._busy(), *(f for c in self.connections if (f := c.flushing))]
+            if not busy:
+                break
             await asyncio.wait(busy, timeout=left)
         if self._server is not None:
             await stop_listening(self._server)
         self._cut()
-        if busy := self._busy():
-            await asyncio.wait(busy, timeout=STOP_SECONDS)
+        if left_over := self._busy():
+            await asyncio.wait(left_over, timeout=STOP_SECONDS)
         self.control.close()
         for patience in (0 if self._hurried else GOODBYE_SECONDS, STOP_SECONDS):
             if tasks := [c.task for c in self.upgraded if c.task is not None]:
@@ -394,6 +397,8 @@ class Gateway:
         """End what `stop` still waits for."""
         self._hurried = True
         self._cut()
+        for c in [c for c in self.connections if c.flushing]:
+            c.transport.abort()
         for c in self.upgraded if self.control.closing else ():
             if c.task is not None:
                 c.task.cancel()

@@ -647,6 +647,44 @@ def test_going_down() -> None:
     run(main())
 
 
+@pytest.mark.parametrize("hurried", [False, True])
+def test_going_down_takes_nothing_back_from_who_reads_slowly(hurried: bool) -> None:
+    """An answer that is ours no longer, but of which a part still waits here to be sent."""
+    text = "x" * 60_000
+
+    async def reply(message: str) -> AsyncIterator[str]:
+        yield text
+
+    async def main() -> None:
+        sock = socket.socket()
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        sock.setblocking(False)
+        async with serving(agents={"main": reply}) as hub:
+            await asyncio.get_running_loop().sock_connect(sock, ("127.0.0.1", hub.port))
+            client = Client(*await asyncio.open_connection(sock=sock))
+            assert await client.usable()
+            (c,) = hub.connections
+            c.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2048)
+            client.writer.transport.pause_reading()  # type: ignore[attr-defined]
+            client.say("hi")
+            async with asyncio.timeout(BOUND):
+                while c.flushing is None:
+                    await asyncio.sleep(0.001)
+            stopping = asyncio.create_task(hub.stop(10 * BOUND))
+            async with asyncio.timeout(BOUND):
+                while not c.transport.is_closing():
+                    await asyncio.sleep(0.001)
+            if hurried:
+                hub.hurry()
+            else:
+                client.writer.transport.resume_reading()  # type: ignore[attr-defined]
+                assert (await client.answer()).text == text
+            await within(stopping)
+            await client.close()
+
+    run(main())
+
+
 # Streams
 
 
