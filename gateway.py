@@ -404,8 +404,12 @@ class Gateway:
                 c.task.cancel()
 
     def reload(self, config: Config) -> None:
-        """Serve by another configuration from the next request on. Port, TLS and store stay. ConfigError."""
-        config = config._replace(tls=self.house.config.tls)  # which says what the origin of our own page is
+        """Serve by another configuration from the next request on. Address, TLS, store and room stay. ConfigError."""
+        names = ("bind", "port", "tls", "store", "max_connections")
+        stays = {name: getattr(self.house.config, name) for name in names}
+        if late := [name for name, value in stays.items() if getattr(config, name) != value]:
+            log.warning("another %s holds from the next start on", " and ".join(late).replace("_", " "))
+        config = config._replace(**stays)
         house = House(config, self._agents, self._pool.request)
         if (config.auth, config.trusted_proxies) == (self.house.config.auth, self.house.config.trusted_proxies):
             house.gate = self.house.gate  # with the failures that it remembers

@@ -930,7 +930,7 @@ def test_start_that_is_cancelled_leaves_nothing(turns: int, tmp_path: Any) -> No
     run(main())
 
 
-def test_reload() -> None:
+def test_reload(caplog: pytest.LogCaptureFixture) -> None:
     """The next request is served by the new configuration; what runs goes on by the old one."""
 
     async def main() -> None:
@@ -941,7 +941,10 @@ def test_reload() -> None:
                 changed = {"gateway.auth.mode": "token", "gateway.auth.token": "new", "agents.list": [{"id": "zeta"}]}
                 origins = {"gateway.http.allowedOrigins": ["https://a.example"]}
                 loaded = gateway.Gateway(settings({**changed, **origins})).house.config
-                hub.reload(loaded._replace(tls=("cert.pem", "key.pem")))  # the port's stays what it is
+                for _ in range(2):
+                    caplog.clear()
+                    hub.reload(loaded._replace(tls=("cert.pem", "key.pem"), max_connections=1))
+                    assert caplog.messages == ["another tls and max connections holds from the next start on"]
                 await says("of old")(call)
                 call.done.set()
                 answer = await client.answer()
