@@ -651,19 +651,10 @@ class Gateway:
             fields = [("Accept-Encoding", "identity")]  # RFC 9110 12.5.3
             raise APIError(415, "The body's Content-Encoding is not understood; send plain JSON.", fields=fields)
         call = chat.parse_request(await x.body(request))  # without a name: the run would keep it
-        uuid = chat.as_uuid(x.id[4:])  # so that the log's request and the client's completion have one number
-        target = house.directories[caller.name].resolve(call.model, call.user, request.fields, uuid)
-        x.agent = target.agent_id
-        key = ("x-copepod-session-key", chat.printable(target.session_key))
-        x.fields += [key, ("x-copepod-agent-id", target.agent_id)]
-        if call.tools or call.images:
-            call = _fitted(call, house.config.agents[target.agent_id])
         c = x.connection
         c.watch()
         try:
-            ids = (f"chatcmpl_{uuid}", uuid)
-            run = self.accept(house, target, call.message, call.messages, call.system, call.params, ids, caller=caller)
-            x.run = run
+            run = self._asked(x, request, house, caller, call)
             if call.stream:
                 send, unsent = Stream(x).send, c.transport.get_write_buffer_size
                 stream = chat_answers.EventStream(
@@ -682,6 +673,22 @@ class Gateway:
         finally:
             c.unwatch()
             c.on_tick = None
+
+    def _asked(
+        self, x: Exchange, request: http1.Request, house: House, caller: auth.Caller, call: chat.ChatRequest
+    ) -> runs.Run:
+        """Queue the run that a call asks for, and say which it is. APIError, RunError."""
+        uuid = chat.as_uuid(x.id[4:])  # so that the log's request and the client's completion have one number
+        target = house.directories[caller.name].resolve(call.model, call.user, request.fields, uuid)
+        x.agent = target.agent_id
+        key = ("x-copepod-session-key", chat.printable(target.session_key))
+        x.fields += [key, ("x-copepod-agent-id", target.agent_id)]
+        if call.tools or call.images:
+            call = _fitted(call, house.config.agents[target.agent_id])
+        ids = (f"chatcmpl_{uuid}", uuid)
+        run = self.accept(house, target, call.message, call.messages, call.system, call.params, ids, caller=caller)
+        x.run = run
+        return run
 
     def _complete(self, x: Exchange, call: chat.ChatRequest, run: runs.Run, kind: str, data: Any) -> bool:
         """Answer with the run's whole outcome. True: too much is unsent. APIError: it failed."""
