@@ -32,6 +32,13 @@ async def within(awaitable: Any, seconds: float = BOUND) -> Any:
         return await awaitable
 
 
+async def until(true: Callable[[], object]) -> None:
+    """Wait for what no event tells of, but not for ever."""
+    async with asyncio.timeout(BOUND):
+        while not true():
+            await asyncio.sleep(0.001)
+
+
 def run(main: Coroutine[Any, Any, T]) -> T:
     """Run a test's coroutine to its end, which comes in time and leaves no task behind."""
 

@@ -17,7 +17,23 @@ import config
 import connection
 import gateway
 import sessions
-from live import BOUND, CHAT, KEY, Client, ask, chat, chunked, data_of, run, serving, settings, stream, text_of, within
+from live import (
+    BOUND,
+    CHAT,
+    KEY,
+    Client,
+    ask,
+    chat,
+    chunked,
+    data_of,
+    run,
+    serving,
+    settings,
+    stream,
+    text_of,
+    until,
+    within,
+)
 from upstream import Call, Upstream, answers, says
 
 TOKEN = {"gateway.auth.mode": "token", "gateway.auth.token": "secret"}
@@ -667,13 +683,9 @@ def test_going_down_takes_nothing_back_from_who_reads_slowly(hurried: bool) -> N
             c.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2048)
             client.writer.transport.pause_reading()  # type: ignore[attr-defined]
             client.say("hi")
-            async with asyncio.timeout(BOUND):
-                while c.flushing is None:
-                    await asyncio.sleep(0.001)
+            await until(lambda: c.flushing)
             stopping = asyncio.create_task(hub.stop(10 * BOUND))
-            async with asyncio.timeout(BOUND):
-                while not c.transport.is_closing():
-                    await asyncio.sleep(0.001)
+            await until(c.transport.is_closing)
             if hurried:
                 hub.hurry()
             else:

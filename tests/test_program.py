@@ -185,6 +185,15 @@ def test_a_second_signal_ends_it_at_once(tmp_path: Path) -> None:
     run(main())
 
 
+async def drained(gateway: Program, upstream: Upstream, busy: Client) -> None:
+    """A turn that does not end is ended when the drain is over, and the program with it."""
+    busy.say()
+    call = await upstream.call()
+    gateway.process.terminate()
+    await within(call.left.wait())
+    assert await gateway.ended() == 0
+
+
 def test_the_drain_ends(tmp_path: Path) -> None:
     async def main() -> None:
         async with (
@@ -192,11 +201,7 @@ def test_the_drain_ends(tmp_path: Path) -> None:
             program(settings({**upstream.settings(), "gateway.drainSeconds": 0.2}), tmp_path) as gateway,
             await Client.open(gateway.port) as busy,
         ):
-            busy.say()
-            call = await upstream.call()
-            gateway.process.terminate()
-            await within(call.left.wait())
-            assert await gateway.ended() == 0
+            await drained(gateway, upstream, busy)
 
     run(main())
 
@@ -264,11 +269,7 @@ def test_sighup_holds_for_the_log_and_the_drain_too(tmp_path: Path) -> None:
             assert json.loads(await gateway.logged(id))["status"] == 200
             file.write_text(json.dumps(settings({**upstream.settings(), **changes, "logging.level": "error"})))
             gateway.process.send_signal(signal.SIGHUP)
-            busy.say()
-            call = await upstream.call()
-            gateway.process.terminate()
-            await within(call.left.wait())
-            assert await gateway.ended() == 0
+            await drained(gateway, upstream, busy)
 
     run(main())
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import ssl
 import struct
-from collections.abc import Callable
 from pathlib import Path
 from socket import SO_LINGER, SOL_SOCKET
 from typing import Any
@@ -15,7 +14,7 @@ import pytest
 import connection
 import gateway
 import tls
-from live import Client, run, serving, within
+from live import Client, run, serving, until, within
 
 
 def test_files_that_are_no_certificates(tmp_path: Path) -> None:
@@ -35,14 +34,6 @@ def test_files_that_are_no_certificates(tmp_path: Path) -> None:
 def behind(certificate: tuple[Path, Path]) -> dict[str, Any]:
     """The configuration of a port with it."""
     return {"gateway.tls": dict(zip(("cert", "key"), map(str, certificate), strict=True)), "gateway.bind": "loopback"}
-
-
-async def until(true: Callable[[], object]) -> None:
-    async def poll() -> None:
-        while not true():
-            await asyncio.sleep(0.005)
-
-    await within(poll())
 
 
 def counts() -> bool:
